@@ -1,0 +1,39 @@
+"""Races between kexue and a peer in one process: alternating runs, medians, ratios."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One race: seconds per call of ours and of the peer's (lower is better), and what the row shows."""
+
+    task: str
+    peer: str
+    ours_s: float
+    peer_s: float
+    note: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """Peer's time over ours: above 1 we are faster."""
+        return self.peer_s / self.ours_s
+
+
+def race(
+    task: str, ours: Callable[[], Any], peer: Callable[[], Any], peer_name: str, *, repeats: int = 7, note: str = ""
+) -> Row:
+    """Run both once to warm up, then alternately `repeats` times, and keep the medians."""
+    times: tuple[list[float], list[float]] = ([], [])
+    ours(), peer()
+    for _ in range(repeats):
+        for run, kept in zip((ours, peer), times, strict=True):
+            start = time.perf_counter()
+            run()
+            kept.append(time.perf_counter() - start)
+    return Row(task, peer_name, median(times[0]), median(times[1]), note)
