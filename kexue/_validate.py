@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,6 +46,18 @@ def finite(**tensors: Tensor) -> None:
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             raise ValueError(f"{name} has {bad} non-finite entries (NaN or infinity) of {tensor.numel()}")
+
+
+def broadcasts(name: str, tensor: Any, shape: Sequence[int]) -> None:
+    """Raise unless `tensor` broadcasts to `shape`, of which it may add leading axes but none of the last two."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} should be a torch tensor, got {type(tensor).__name__}")
+    try:
+        fits = torch.broadcast_shapes(tensor.shape, shape)[-2:] == tuple(shape[-2:])
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name}: expected a shape that broadcasts to {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
 def floating(**tensors: Tensor) -> None:

@@ -52,6 +52,9 @@ def test_attention_is_torchs(batch, causal):
     for scale in (None, 0.3):
         oracle = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
         close(attention(q, k, v, causal=causal, scale=scale), oracle)
+    each = torch.linspace(0.1, 2, q.shape[-2], dtype=q.dtype)[:, None]
+    oracle = F.scaled_dot_product_attention(each * q, k, v, is_causal=causal, scale=1.0)
+    close(attention(q, k, v, causal=causal, scale=each), oracle)
 
 
 def test_attention_with_masks_is_torchs():
@@ -413,6 +416,10 @@ def test_masks_are_checked():
         attention(GOOD["q"], GOOD["k"][:, :2], GOOD["v"][:, :2], causal=True)
     with pytest.raises(ValueError, match="scale"):
         attention(**GOOD, scale=float("nan"))
+    with pytest.raises(ValueError, match=r"scale: expected a shape that broadcasts to .*1\), got"):
+        attention(**GOOD, scale=torch.ones(1, 7))
+    with pytest.raises(ValueError, match="scale has 1 non-finite"):
+        attention(**GOOD, scale=torch.tensor(float("inf")).to(GOOD["q"]))
     with pytest.raises(TypeError, match="mask should be boolean"):
         similarity_attention(torch.ones(4, 4, dtype=F64), torch.ones(4, 2, dtype=F64), torch.ones(4, 4, dtype=F64))
     similarity = torch.ones(4, 4, dtype=F64)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kexue import _validate
-from kexue.attention import _mask_fits, attention
+from kexue.attention import attention
 
 activations: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -258,7 +258,7 @@ def view(
     past = torch.ones(n, m, dtype=torch.bool, device=like.device).tril(m - n) if causal and n > 1 else None
     seen = allowed = None
     if mask is not None:
-        _mask_fits(mask, shape)
+        _validate.broadcasts("mask", mask, shape)
         if mask.dtype == torch.bool:
             seen = mask
         elif mask.is_floating_point():

@@ -1,7 +1,4 @@
-"""Attention: softmax, arbitrary similarities, and the linear forms that never make the n x n matrix.
-
-Shapes are (..., n, d): any leading axes (batch, heads) are carried along and broadcast.
-"""
+"""Linear attention: feature maps, and sums over keys that never make the n x m matrix."""
 
 from __future__ import annotations
 
@@ -14,112 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kexue import _validate
+from kexue.attention import _inputs
 
 FeatureMap = Callable[[Tensor], Tensor]
-
-
-# ------------------------------------------------------------------------------------------- quadratic
-
-
-@overload
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, mask: Tensor | None = None, causal: bool = False,
-    return_weights: Literal[False] = False,
-) -> Tensor: ...
-@overload
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, mask: Tensor | None = None, causal: bool = False,
-    return_weights: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float | None = None,
-    mask: Tensor | None = None,
-    causal: bool = False,
-    return_weights: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Softmax attention.
-
-    $$ O = \operatorname{softmax}(\text{scale}\cdot QK^\top + \text{mask})\,V $$
-
-    Source: Vaswani et al., arXiv:1706.03762, eq. (1). It makes the weights and is differentiable twice;
-    where neither is needed, `torch.nn.functional.scaled_dot_product_attention` saves their memory.
-
-    Args:
-        q: (..., n, d) queries. k: (..., m, d) keys. v: (..., m, d_v) values.
-        scale: factor of the logits; default 1 / sqrt(d).
-        mask: broadcastable to (..., n, m); boolean (True: may attend) or floating (added to the logits, in nats).
-        causal: let query i see keys j <= i + m - n, so that the last query sees all keys (m > n: a cache).
-        return_weights: also return the weights.
-
-    Returns:
-        (..., n, d_v), or with `return_weights` also the weights (..., n, m), whose rows sum to 1.
-
-    Raises:
-        TypeError, ValueError: mismatched shapes or dtypes, non-finite input, a query that may attend to nothing.
-
-    Complexity: O(n m (d + d_v)) time, O(n m) memory.
-    """
-    n, m = _inputs(q, k, v)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    _validate.number("scale", scale)
-    logits = scale * q @ k.mT
-    if causal and m < n:
-        raise ValueError(f"causal attention needs at least as many keys as queries, got {m} keys and {n} queries")
-    allowed = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n) if causal else None
-    if mask is not None:
-        _mask_fits(mask, logits.shape)
-        if mask.dtype == torch.bool:
-            allowed = mask if allowed is None else allowed & mask
-        else:
-            logits = logits + mask
-    if allowed is not None:
-        logits = logits.masked_fill(~allowed, -math.inf)
-    if mask is not None and (empty := int((logits == -math.inf).all(-1).sum())):
-        raise ValueError(f"mask leaves {empty} queries without any key to attend to")
-    weights = logits.softmax(-1)
-    out = weights @ v
-    return (out, weights) if return_weights else out
-
-
-def similarity_attention(similarity: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    r"""Attention for any similarity, the O(n m) reference of every linear form.
-
-    $$ O_i = \sum_j s_{ij} v_j \Big/ \sum_j s_{ij} $$
-
-    It is an average of the values where $s \ge 0$. With the identity matrix as `v` it returns the weights.
-
-    Source: article 7546 of kexue.fm; Wang et al., *Non-local neural networks*, arXiv:1711.07971, eq. (1).
-
-    Args:
-        similarity: (..., n, m). v: (..., m, d_v).
-        mask: boolean, broadcastable to (..., n, m); False leaves a pair out.
-
-    Returns:
-        (..., n, d_v).
-
-    Raises:
-        TypeError, ValueError: mismatched shapes or dtypes, non-finite input, a row whose sum vanishes.
-    """
-    sizes = _validate.shape("similarity", similarity, "...", "n", "m")
-    _validate.shape("v", v, "...", "m", "d_v", m=sizes["m"])
-    _validate.floating(similarity=similarity, v=v)
-    _validate.finite(similarity=similarity, v=v)
-    if mask is not None:
-        _mask_fits(mask, similarity.shape)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask should be boolean, got {mask.dtype}")
-        similarity = similarity * mask
-    total = similarity.sum(-1, keepdim=True)
-    floor = 4 * torch.finfo(total.dtype).eps * similarity.detach().abs().sum(-1, keepdim=True)
-    _refuse_zero(total.detach().abs() <= floor)
-    return (similarity @ v) / total
-
-
-# --------------------------------------------------------------------------------------------- features
 
 
 def elu1(x: Tensor) -> Tensor:
@@ -155,9 +49,6 @@ feature_maps: dict[str, FeatureMap] = {"elu1": elu1, "relu": relu, "cos": cos, "
 _NON_NEGATIVE = (elu1, relu)
 
 
-# ---------------------------------------------------------------------------------------------- linear
-
-
 class LinearAttentionState(NamedTuple):
     r"""What linear attention remembers of its past: the same size after any number of tokens.
 
@@ -188,7 +79,7 @@ class LinearAttentionState(NamedTuple):
         if not normalize:
             return num
         total = total + eps
-        _refuse_zero(total <= _noise(features, _norm(self.z.unsqueeze(-2)), self.z) if not eps else total <= 0)
+        _inputs.refuse_zero(total <= _noise(features, _norm(self.z.unsqueeze(-2)), self.z) if not eps else total <= 0)
         return num / total
 
     def _sums(self, f: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,7 +146,7 @@ def linear_attention(
         >>> prompt, state = linear_attention(q, k, v, causal=True, return_state=True)
         >>> token, state = linear_attention(*torch.randn(3, 2, 8, 1, 16).unbind(), causal=True, state=state, return_state=True)
     """
-    n, m = _inputs(q, k, v)
+    n, m = _inputs.check(q, k, v)
     _validate.integer("chunk", chunk, low=1)
     _validate.number("eps", eps, low=0.0)
     if callable(feature_map):
@@ -301,7 +192,7 @@ def linear_attention(
             num, total = past._sums(f)
             divide(num, total, 0.0 if exact else _noise(f, _norm(past.z.unsqueeze(-2)), past.z))
     if normalize:
-        _refuse_zero(torch.cat(vanishing, -2))
+        _inputs.refuse_zero(torch.cat(vanishing, -2))
     out = torch.cat(outs, -2)
     _validate.finite(**{"the result of linear_attention": out})
     return (out, past) if return_state else out
@@ -332,7 +223,7 @@ def efficient_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False
 
     Complexity: O(n d d_v); the causal form O(n d d_v + n chunk (d + d_v)) with chunk^2 d numbers per head at a time.
     """
-    n, m = _inputs(q, k, v)
+    n, m = _inputs.check(q, k, v)
     _validate.integer("chunk", chunk, low=1)
     mix = q.softmax(-1)
     if not causal:
@@ -353,39 +244,6 @@ def efficient_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False
         summary = kept[..., -1, :, None] * summary + share[..., -1, :, :].mT @ v_c
         past = log_z[..., -1:, :]
     return torch.cat(parts, -2)
-
-
-# -------------------------------------------------------------------------------------------- plumbing
-
-
-def _inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
-    """Check shapes (..., n, d), (..., m, d), (..., m, d_v), dtypes and values; return n and m."""
-    sizes = _validate.shape("q", q, "...", "n", "d")
-    keys = _validate.shape("k", k, "...", "m", "d", d=sizes["d"])
-    _validate.shape("v", v, "...", "m", "d_v", m=keys["m"])
-    for name, x in {"q": q, "k": k, "v": v}.items():
-        if x.numel() == 0:
-            raise ValueError(f"{name} is empty: shape {tuple(x.shape)}")
-    try:
-        torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
-    except RuntimeError:
-        raise ValueError(
-            f"leading axes do not broadcast: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        ) from None
-    _validate.floating(q=q, k=k, v=v)
-    _validate.finite(q=q, k=k, v=v)
-    return sizes["n"], keys["m"]
-
-
-def _mask_fits(mask: Tensor, shape: torch.Size) -> None:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask should be a torch tensor, got {type(mask).__name__}")
-    try:
-        fits = torch.broadcast_shapes(mask.shape, shape)[-2:] == shape[-2:]
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(f"mask: expected a shape that broadcasts to {tuple(shape)}, got {tuple(mask.shape)}")
 
 
 def _start(state: LinearAttentionState | None, features: Tensor, v: Tensor) -> LinearAttentionState:
@@ -409,12 +267,3 @@ def _noise(f: Tensor, size: Tensor, *others: Tensor) -> Tensor:
     """Rounding error of sums over g of f . g with sum of |g| = size; zero if no feature is negative: nothing cancels."""
     signed = torch.stack([(x.detach() < 0).any() for x in (f, *others)]).any()
     return 4 * torch.finfo(f.dtype).eps * _norm(f) * size * signed
-
-
-def _refuse_zero(vanishes: Tensor) -> None:
-    if count := int(vanishes.sum()):
-        first = tuple(vanishes.squeeze(-1).nonzero()[0].tolist())
-        raise ValueError(
-            f"{count} of {vanishes.numel()} denominators vanish (zero, negative or lost in rounding), the first for query "
-            f"{first}: its similarities sum to nothing; use a positive feature map, eps > 0 or normalize=False"
-        )

@@ -1,0 +1,31 @@
+"""Attention: softmax, arbitrary similarities, and the linear forms that never make the n x n matrix.
+
+Shapes are (..., n, d): any leading axes (batch, heads) are carried along and broadcast.
+"""
+
+from kexue.attention.linear import (
+    FeatureMap,
+    LinearAttentionState,
+    cos,
+    efficient_attention,
+    elu1,
+    feature_maps,
+    linear_attention,
+    relu,
+    taylor2,
+)
+from kexue.attention.softmax import attention, similarity_attention
+
+__all__ = [
+    "FeatureMap",
+    "LinearAttentionState",
+    "attention",
+    "cos",
+    "efficient_attention",
+    "elu1",
+    "feature_maps",
+    "linear_attention",
+    "relu",
+    "similarity_attention",
+    "taylor2",
+]
