@@ -1,13 +1,13 @@
-"""Numbers about matrices and computations: effective rank, peak memory."""
+"""Numbers about matrices, computations and measurements: effective rank, peak memory, power laws."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -65,21 +65,72 @@ class PeakMemory(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = 0
-        self._alive: dict[StorageWeakRef, int] = {}
+        self.peak = self._held = 0
+        self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        given = {StorageWeakRef(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         out = func(*args, **kwargs)
-        self._alive = {ref: size for ref, size in self._alive.items() if not ref.expired()}
         for x in tree_leaves(out):
-            if isinstance(x, Tensor):
-                storage = x.untyped_storage()
-                ref = StorageWeakRef(storage)
-                if ref not in given:
-                    self._alive[ref] = storage.nbytes()
-        self.peak = max(self.peak, sum(self._alive.values()))
+            if isinstance(x, Tensor) and (storage := x.untyped_storage())._cdata not in known:
+                known.add(storage._cdata)
+                self._sizes[storage._cdata] = storage.nbytes()
+                self._held += storage.nbytes()
+                weakref.finalize(storage, self._release, storage._cdata).atexit = False
+        self.peak = max(self.peak, self._held)
         return out
+
+    def _release(self, storage: int) -> None:
+        self._held -= self._sizes.pop(storage)
+
+
+class PowerLaw(NamedTuple):
+    """y = scale * x^exponent: least squares in the logarithms, and the standard error of the exponent."""
+
+    exponent: Tensor
+    scale: Tensor
+    stderr: Tensor
+
+
+def fit_power_law(x: Tensor, y: Tensor) -> PowerLaw:
+    r"""Exponent and scale of a power law, by least squares in the logarithms.
+
+    $$ \log y \approx \log\text{scale} + \text{exponent}\cdot\log x $$
+
+    The standard error takes the residuals as independent; of the states of one run they are not, so compare runs.
+
+    Args:
+        x: (..., n), positive, at least 3 distinct values in each row.
+        y: (..., n), positive; leading axes broadcast with those of `x`.
+
+    Returns:
+        PowerLaw of three tensors (...).
+
+    Raises:
+        TypeError, ValueError: not floating, lengths that differ, fewer than 3 distinct x, entries <= 0 or not finite.
+
+    Complexity: O(n) for each row.
+
+    Example:
+        >>> fit_power_law(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([3.0, 12.0, 48.0, 192.0])).exponent
+        tensor(2.)
+    """
+    sizes = _validate.shape("x", x, "...", "n")
+    _validate.shape("y", y, "...", "n", n=sizes["n"])
+    _validate.floating(x=x, y=y)
+    _validate.finite(x=x, y=y)
+    for name, values in {"x": x, "y": y}.items():
+        if bad := int((values <= 0).sum()):
+            raise ValueError(f"{name} has {bad} entries <= 0, which have no logarithm")
+    distinct = (x.sort(-1).values.diff(dim=-1) > 0).sum(-1) + 1
+    if sizes["n"] < 3 or int(distinct.min()) < 3:
+        raise ValueError(f"x has {min(sizes['n'], int(distinct.min()))} distinct values; a standard error needs at least 3")
+    u, v = x.log(), y.log()
+    du, dv = u - u.mean(-1, keepdim=True), v - v.mean(-1, keepdim=True)
+    spread = du.square().sum(-1)
+    exponent = (du * dv).sum(-1) / spread
+    rest = (dv - exponent[..., None] * du).square().sum(-1) / (sizes["n"] - 2)
+    return PowerLaw(exponent, (v.mean(-1) - exponent * u.mean(-1)).exp(), (rest / spread).sqrt())

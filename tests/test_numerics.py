@@ -1,4 +1,4 @@
-"""Effective rank against its definition; peak memory against sizes known by hand and torch's own allocator trace."""
+"""Effective rank against its definition, peak memory against sizes known by hand and the allocator, fits against scipy."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import linregress
 
-from kexue.numerics import PeakMemory, effective_rank
+from kexue.numerics import PeakMemory, effective_rank, fit_power_law
 
 
 @given(st.integers(1, 7), st.integers(1, 7), st.floats(0.01, 1.0), st.integers(0, 2**31))
@@ -78,3 +79,42 @@ def test_peak_memory_agrees_with_the_allocator():
         live += event.nbytes()
         peak = max(peak, live)
     assert memory.peak == pytest.approx(peak, rel=0.01)
+
+
+def test_peak_memory_of_a_long_chain_that_autograd_keeps():
+    w = torch.ones(100, requires_grad=True)
+    with PeakMemory() as memory:
+        x = w
+        for _ in range(3000):
+            x = x.exp().reciprocal()  # each keeps its result: 2 x 400 bytes a turn
+        x.sum().backward()
+    assert memory.peak == pytest.approx(3000 * 800, rel=0.01)
+
+
+@given(st.integers(3, 30), st.floats(-3, 3), st.floats(0.01, 100), st.floats(0.01, 1), st.integers(0, 2**31))
+def test_fit_power_law_is_scipys_regression(n, exponent, scale, noise, seed):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.rand(4, n, dtype=torch.float64, generator=g).mul(5).exp()
+    y = scale * x**exponent * torch.randn(4, n, dtype=torch.float64, generator=g).mul(noise).exp()
+    got = fit_power_law(x, y)
+    for i in range(4):
+        want = linregress(x[i].log(), y[i].log())
+        assert got.exponent[i].item() == pytest.approx(want.slope, rel=1e-7, abs=1e-9)
+        assert got.scale[i].log().item() == pytest.approx(want.intercept, rel=1e-7, abs=1e-8)
+        assert got.stderr[i].item() == pytest.approx(want.stderr, rel=1e-6, abs=1e-7)
+    assert fit_power_law(x[0], y).exponent.shape == (4,)
+
+
+def test_fit_power_law_refuses_bad_points():
+    x = torch.tensor([1.0, 2.0, 3.0])
+    for bad, words in {
+        (x, torch.tensor([1.0, -2.0, 0.0])): "y has 2 entries <= 0",
+        (x, torch.ones(4)): "y: expected shape",
+        (x[[0, 0, 1]], x): "x has 2 distinct values",
+        (x[:2], x[:2]): "x has 2 distinct values",
+        (x, torch.tensor([1.0, float("nan"), 1.0])): "y has 1 non-finite",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            fit_power_law(*bad)
+    with pytest.raises(TypeError, match="floating"):
+        fit_power_law(torch.arange(1, 4), x)
