@@ -14,12 +14,14 @@ from kexue.attention.linear import (
     relu,
     taylor2,
 )
+from kexue.attention.scale import attention_scale, softmax_entropy, sphere_entropy_rate, vmf_kl
 from kexue.attention.softmax import attention, similarity_attention
 
 __all__ = [
     "FeatureMap",
     "LinearAttentionState",
     "attention",
+    "attention_scale",
     "cos",
     "efficient_attention",
     "elu1",
@@ -27,5 +29,8 @@ __all__ = [
     "linear_attention",
     "relu",
     "similarity_attention",
+    "softmax_entropy",
+    "sphere_entropy_rate",
     "taylor2",
+    "vmf_kl",
 ]
