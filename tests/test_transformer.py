@@ -196,7 +196,7 @@ def test_outputs_loss_and_gradients_are_hugging_faces(layout, dtype):
     moved = dict(convert(hf).named_parameters())
     assert len(moved) == len(list(ours.named_parameters())) > 10
     for name, p in ours.named_parameters():
-        close(p.grad, moved[name], TOL[dtype] * (1 if dtype == F64 else 2))
+        close(p.grad, moved[name], TOL[dtype])
 
 
 def test_vectors_states_and_weights_are_hugging_faces():
