@@ -1,4 +1,4 @@
-"""Attention: softmax, arbitrary similarities, and the linear forms that never make the n x n matrix.
+"""Attention: softmax, arbitrary similarities, the linear forms that never make the n x n matrix, synthetic logits.
 
 Shapes are (..., n, d): any leading axes (batch, heads) are carried along and broadcast.
 """
@@ -16,15 +16,35 @@ from kexue.attention.linear import (
 )
 from kexue.attention.scale import attention_scale, softmax_entropy, sphere_entropy_rate, vmf_kl
 from kexue.attention.softmax import attention, similarity_attention
+from kexue.attention.synthesizer import (
+    DenseLogits,
+    DotLogits,
+    FactorizedDenseLogits,
+    FactorizedRandomLogits,
+    LogitMixture,
+    QueryLogits,
+    RandomLogits,
+    SynthesizerAttention,
+    factor_logits,
+)
 
 __all__ = [
+    "DenseLogits",
+    "DotLogits",
+    "FactorizedDenseLogits",
+    "FactorizedRandomLogits",
     "FeatureMap",
     "LinearAttentionState",
+    "LogitMixture",
+    "QueryLogits",
+    "RandomLogits",
+    "SynthesizerAttention",
     "attention",
     "attention_scale",
     "cos",
     "efficient_attention",
     "elu1",
+    "factor_logits",
     "feature_maps",
     "linear_attention",
     "relu",
