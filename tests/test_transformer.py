@@ -460,12 +460,39 @@ def test_deepnorm_constants():
         assert a == pytest.approx((2 * N) ** 0.25, rel=1e-14)
         assert b == pytest.approx((8 * N) ** -0.25, rel=1e-14)
     for M in (1, 10, 1000):
-        a, b = deepnorm_constants(M, convention="article")
-        assert M * (b / a) ** 2 == pytest.approx(1)
-        a, b = deepnorm_constants(M, optimizer="adam", convention="article")
-        assert M * b / a == pytest.approx(1) == pytest.approx(a * b)
-        a, b = deepnorm_constants(M, optimizer="lamb", convention="article")
-        assert (M * b**2 / a, a) == (pytest.approx(1), 1)
+        for K, convention in ((1, "article"), (2, "paper")):
+            a, b = deepnorm_constants(M, convention=convention)
+            assert (K * M * (b / a) ** 2, K * (a * b) ** 2) == (pytest.approx(1), pytest.approx(1))
+            a, b = deepnorm_constants(M, optimizer="adam", convention=convention)
+            assert (K * M * b / a, K * a * b) == (pytest.approx(1), pytest.approx(1))
+            a, b = deepnorm_constants(M, optimizer="lamb", convention=convention)
+            assert (K * M * b**2 / a, a) == (pytest.approx(1), 1)
+
+
+@settings(max_examples=50)
+@given(M=st.integers(1, 10**6), alpha=st.floats(0.01, 100), convention=st.sampled_from(["paper", "article"]))
+def test_deepnorm_constants_at_a_given_alpha(M, alpha, convention):
+    K = 2 if convention == "paper" else 1
+    powers = {"sgd": lambda b: (b / alpha) ** 2, "adam": lambda b: b / alpha, "lamb": lambda b: b * b / alpha}
+    for optimizer, power in powers.items():
+        a, b = deepnorm_constants(M, optimizer=optimizer, convention=convention, alpha=alpha)
+        assert a == alpha
+        assert K * M * power(b) == pytest.approx(1)
+        own, gain = deepnorm_constants(M, optimizer=optimizer, convention=convention)
+        assert deepnorm_constants(M, optimizer=optimizer, convention=convention, alpha=own) == (own, gain)
+
+
+@pytest.mark.parametrize(("N", "L"), [(6, 6), (18, 18), (100, 100), (24, 6), (6, 48)])
+def test_deepnorm_constants_of_an_encoder_are_the_published_ones(N, L):
+    a, b = deepnorm_constants(2 * N, decoder=L)
+    assert a == pytest.approx(0.81 * (N**4 * L) ** (1 / 16), rel=0.005 / 0.81)  # as figure 2 of the paper rounds
+    assert b == pytest.approx(0.87 * (N**4 * L) ** (-1 / 16), rel=0.005 / 0.87)
+    assert b == pytest.approx((N**4 * L) ** (-1 / 16) / 1.15, rel=0.002)  # as torchscale rounds
+    a, b = deepnorm_constants(3 * L)
+    assert (a, b) == (pytest.approx((3 * L) ** 0.25), pytest.approx((12 * L) ** -0.25))
+    a, b = deepnorm_constants(2 * N, decoder=L, convention="article")
+    assert a * b == pytest.approx(1)
+    assert a == pytest.approx((2 * 3**-0.75 * N * L**0.25) ** 0.25)
 
 
 # ---------------------------------------------------------------------------------------------- positions
@@ -837,8 +864,16 @@ def test_more_bad_inputs():
         MultiHeadAttention(12, 3, kind="linear")
     with pytest.raises(ValueError, match="sublayers should be an integer >= 1"):
         deepnorm_constants(0)
-    with pytest.raises(ValueError, match="optimizer should be one of 'sgd', got 'adam'"):
-        deepnorm_constants(4, optimizer="adam")
+    with pytest.raises(ValueError, match="optimizer should be one of 'sgd', 'adam', 'lamb', got 'adamw'"):
+        deepnorm_constants(4, optimizer="adamw")
+    for alpha in (0.0, -1.0, float("nan"), True):
+        with pytest.raises(ValueError, match="alpha should be a number"):
+            deepnorm_constants(4, alpha=alpha)
+    with pytest.raises(ValueError, match="decoder should be an integer >= 0, got -1"):
+        deepnorm_constants(4, decoder=-1)
+    for wrong in ({"sublayers": 5}, {"sublayers": 4, "optimizer": "adam"}, {"sublayers": 4, "alpha": 1.0}):
+        with pytest.raises(ValueError, match="decoder is for an encoder with an even number of sub-layers"):
+            deepnorm_constants(**wrong, decoder=3)
     with pytest.raises(ValueError, match="convention should be one of 'paper', 'article'"):
         deepnorm_constants(4, convention="kexue")
     with pytest.raises(ValueError, match="an even width, got 3"):

@@ -23,40 +23,69 @@ def make_norm(kind: str, d: int, *, eps: float = 1e-5, affine: bool = True) -> n
     return cls(d, eps=eps, elementwise_affine=affine)
 
 
-def deepnorm_constants(sublayers: int, *, optimizer: str = "sgd", convention: str = "paper") -> tuple[float, float]:
+def deepnorm_constants(
+    sublayers: int, *, optimizer: str = "sgd", convention: str = "paper", alpha: float | None = None, decoder: int = 0
+) -> tuple[float, float]:
     r"""Residual weight and initial gain that keep the first update independent of the depth M = `sublayers`.
 
-    ============  ==================  ==================  =================
-    .             sgd                 adam                lamb
-    ============  ==================  ==================  =================
-    "article"     M^(1/4), M^(-1/4)   M^(1/2), M^(-1/2)   1, M^(-1/2)
-    "paper"       M^(1/4), (4M)^(-1/4)
-    ============  ==================  ==================  =================
+    With K trained matrices per sub-layer that share the gain (the paper counts K = 2, the article K = 1):
 
-    An encoder or a decoder-only model of N layers has M = 2N residual sub-layers, a decoder with cross-attention 3N.
-    The gain belongs to the feed-forward, value and output matrices; queries and keys keep gain 1.
+    ===========  ===========================  ==============  ========================
+    optimizer    condition                    alpha           gain
+    ===========  ===========================  ==============  ========================
+    "sgd"        K M (gain / alpha)^2 = 1     M^(1/4)         K^(-1/2) M^(-1/4)
+    "adam"       K M gain / alpha = 1         M^(1/2)         K^(-1) M^(-1/2)
+    "lamb"       K M gain^2 / alpha = 1       1               K^(-1/2) M^(-1/2)
+    ===========  ===========================  ==============  ========================
 
-    Source: Wang et al., *DeepNet*, arXiv:2203.00555, figure 2 ("paper", for which two matrices per sub-layer count);
-    article 8978 of kexue.fm ("article", one matrix, and the optimisers that step by the sign).
+    "adam" stands for optimisers that step by the sign of the gradient, "lamb" for those whose steps are also
+    proportional to the size of the matrix. An encoder or a decoder-only model of N layers has M = 2N residual
+    sub-layers, a decoder with cross-attention 3N. The gain belongs to the feed-forward, value and output matrices;
+    queries and keys keep gain 1. Learnable gains and shifts of norms, and biases, are not covered: freeze them, or
+    divide their learning rate by M.
+
+    Source: article 8978 of kexue.fm ("article"); Wang et al., *DeepNet*, arXiv:2203.00555, figure 2 ("paper": sgd only;
+    its count is carried over to the other optimisers here). The encoder's constants follow from the paper's decoder,
+    whose bound they multiply; the paper rounds their factors to 0.81 and 0.87.
 
     Args:
-        sublayers: M >= 1. optimizer: "sgd", "adam" or "lamb". convention: "paper" (sgd only) or "article".
+        sublayers: M >= 1. optimizer: "sgd", "adam" or "lamb". convention: "paper" (K = 2) or "article" (K = 1).
+        alpha: fix the residual weight, > 0, and solve the condition for the gain alone; 1 suits Pre Norm.
+        decoder: layers, >= 1, of the decoder that reads this stack, an encoder with M even; 0: nobody does. "sgd" only.
 
     Returns:
         (alpha, gain).
 
     Raises:
-        ValueError: M < 1, an unknown name, the paper's constants for another optimiser than sgd.
+        ValueError: numbers out of range, an unknown name, `decoder` with an odd M, another optimiser or an `alpha`.
+
+    Example:
+        >>> deepnorm_constants(16)
+        (2.0, 0.3535533905932738)
+        >>> deepnorm_constants(16, optimizer="adam", convention="article")
+        (4.0, 0.25)
+        >>> deepnorm_constants(16, convention="article", alpha=1.0)
+        (1.0, 0.25)
     """
     _validate.integer("sublayers", sublayers, low=1)
     _validate.choice("convention", convention, ("paper", "article"))
-    _validate.choice("optimizer", optimizer, ("sgd", "adam", "lamb") if convention == "article" else ("sgd",))
-    M = float(sublayers)
-    if optimizer == "lamb":
-        return 1.0, M**-0.5
-    if optimizer == "adam":
-        return M**0.5, M**-0.5
-    return M**0.25, (M if convention == "article" else 4 * M) ** -0.25
+    _validate.choice("optimizer", optimizer, ("sgd", "adam", "lamb"))
+    _validate.integer("decoder", decoder, low=0)
+    M, K = float(sublayers), 2 if convention == "paper" else 1
+    if decoder:
+        if optimizer != "sgd" or alpha is not None or sublayers % 2:
+            raise ValueError(
+                f"decoder is for an encoder with an even number of sub-layers, optimizer 'sgd' and no alpha; got sublayers = "
+                f"{sublayers}, optimizer = {optimizer!r}, alpha = {alpha!r}"
+            )
+        outer, inner = deepnorm_constants(3 * decoder, convention=convention)
+        alpha = (M * decoder * inner**2 / outer) ** 0.25
+        return alpha, 1 / (alpha * K**0.5)
+    if alpha is None:
+        alpha = {"sgd": M**0.25, "adam": M**0.5, "lamb": 1.0}[optimizer]
+    _validate.number("alpha", alpha, low=0.0, open_low=True)
+    gain = {"sgd": alpha / (K * M) ** 0.5, "adam": alpha / (K * M), "lamb": (alpha / (K * M)) ** 0.5}[optimizer]
+    return alpha, gain
 
 
 class ResidualStack(nn.Module):
