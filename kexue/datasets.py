@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Iterable
+from importlib import resources
 from typing import NamedTuple
 
 import torch
@@ -51,3 +55,77 @@ def associative_recall(
     drawn = torch.randint(values, (batch, pairs), generator=generator)
     asked = torch.rand(batch, pairs, generator=generator).argsort(-1)[:, :queries]
     return Recall(keys, drawn, keys.gather(-1, asked), drawn.gather(-1, asked))
+
+
+def dataset_descriptions() -> dict[str, str]:
+    """The descriptions of data sets that come with scikit-learn: real English prose, some 40 kB, without a download.
+
+    Source: the files `sklearn/datasets/descr/*.rst` of the version installed, unchanged; another version may have other
+    texts. They are reStructuredText, with headings, tables, links and lists of references.
+
+    Returns:
+        {file name without ".rst": text}, sorted by name.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed. FileNotFoundError: it has no such files.
+    """
+    try:
+        folder = resources.files("sklearn.datasets.descr")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("dataset_descriptions needs scikit-learn: pip install scikit-learn") from error
+    files = {file.name[:-4]: file for file in folder.iterdir() if file.name.endswith(".rst")}
+    if not files:
+        raise FileNotFoundError(f"scikit-learn has no descriptions (*.rst) in {folder}")
+    return {name: files[name].read_text(encoding="utf-8") for name in sorted(files)}
+
+
+class Sentences(NamedTuple):
+    """What `sentences` made of some texts, nothing left out.
+
+    Args:
+        kept: sentences of a length in the range, in their order; they neither begin nor end with a space or a full stop.
+        short, long: those below and above the range, in their order.
+        replaced: characters of the (lower-cased) texts that became a space, and how often; white space included.
+    """
+
+    kept: tuple[str, ...]
+    short: tuple[str, ...]
+    long: tuple[str, ...]
+    replaced: dict[str, int]
+
+
+def sentences(texts: str | Iterable[str], *, low: int = 20, high: int = 120) -> Sentences:
+    """Cut texts into sentences of 28 characters: a-z, the full stop, the space.
+
+    A text is put into lower case; every other character becomes a space, and runs of spaces become one; then it is cut
+    at each full stop with a space beside it, which leaves. No letter is lost: each sentence is in `kept`, `short` or
+    `long`, and what became a space, digits and letters with accents among it, is counted in `replaced`. Deterministic.
+
+    Args:
+        texts: one text or several. low, high: length of a sentence to keep, in characters, 1 <= low <= high.
+
+    Returns:
+        `Sentences`.
+
+    Raises:
+        TypeError: something that is no text. ValueError: a length out of range.
+
+    Example:
+        >>> sentences("Fisher (1936) had 150 flowers. See ref. Wow!", low=4)
+        Sentences(kept=('fisher had flowers', 'see ref'), short=('wow',), long=(), replaced={' ': 7, '!': 1, ...})
+    """
+    _validate.integer("low", low, low=1)
+    _validate.integer("high", high, low=low)
+    kept: list[str] = []
+    short: list[str] = []
+    long: list[str] = []
+    replaced: Counter[str] = Counter()
+    for text in [texts] if isinstance(texts, str) else texts:
+        if not isinstance(text, str):
+            raise TypeError(f"texts should be a str or several, got an item of type {type(text).__name__}")
+        text = text.lower()
+        replaced.update(re.findall(r"[^a-z.]", text))
+        for sentence in re.split(r"[. ]*(?:\. | \.)[. ]*", re.sub(r"[^a-z.]+", " ", text).strip(" .")):
+            if sentence:
+                (short if len(sentence) < low else long if len(sentence) > high else kept).append(sentence)
+    return Sentences(tuple(kept), tuple(short), tuple(long), dict(sorted(replaced.items())))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from importlib import resources
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kexue.datasets import associative_recall
+from kexue.datasets import associative_recall, dataset_descriptions, sentences
 
 
 @given(st.integers(1, 5), st.integers(1, 20), st.integers(0, 10), st.integers(1, 20), st.integers(0, 2**31))
@@ -42,3 +46,75 @@ def test_keys_values_and_questions_are_uniform_and_reproducible():
 def test_sizes_out_of_range_are_named(sizes):
     with pytest.raises(ValueError, match=next(iter(sizes))):
         associative_recall(**{"batch": 2, "pairs": 12, **sizes})
+
+
+def slow_sentences(text):
+    """Character by character: pieces end at a full stop beside anything but letters and full stops, or at the ends."""
+    pieces, piece = [], ""
+    marks = "".join(c if c in "abcdefghijklmnopqrstuvwxyz." else " " for c in text.lower())
+    for token in marks.split():
+        body = token.strip(".")
+        if token.startswith("."):
+            pieces, piece = [*pieces, piece], ""
+        if body:
+            piece = f"{piece} {body}" if piece else body
+        if token.endswith("."):
+            pieces, piece = [*pieces, piece], ""
+    return [p for p in [*pieces, piece] if p]
+
+
+@given(st.text(st.sampled_from("abZ. .,\n3é中"), max_size=60), st.integers(1, 6), st.integers(0, 6))
+def test_sentences_are_the_slow_ones_and_lose_no_letter(text, low, more):
+    made = sentences(text, low=low, high=low + more)
+    slow = slow_sentences(text)
+    assert list(made.kept) == [s for s in slow if low <= len(s) <= low + more]
+    assert list(made.short) == [s for s in slow if len(s) < low]
+    assert list(made.long) == [s for s in slow if len(s) > low + more]
+    everything = made.kept + made.short + made.long
+    assert Counter("".join(re.findall("[a-z]", text.lower()))) == Counter("".join(everything).replace(" ", "").replace(".", ""))
+    assert sum(made.replaced.values()) == sum(c not in "abcdefghijklmnopqrstuvwxyz." for c in text.lower())
+    assert all(re.fullmatch(r"[a-z]([a-z .]*[a-z])?", s) and ". " not in s and "  " not in s for s in everything)
+    again = sentences(". ".join(everything), low=low, high=low + more)
+    assert Counter(again.kept + again.short + again.long) == Counter(everything)
+
+
+def test_several_texts_are_their_concatenation_and_nothing_is_nothing():
+    one, two = sentences("A cat sat. On", low=1), sentences("the mat 7 times.", low=1)
+    both = sentences(["A cat sat. On", "the mat 7 times."], low=1)
+    assert both.kept == one.kept + two.kept == ("a cat sat", "on", "the mat times")
+    assert sentences([]) == sentences("") == ((), (), (), {})
+
+
+def test_descriptions_are_scikit_learns_files_unchanged():
+    texts = dataset_descriptions()
+    assert list(texts) == sorted(texts) and {"iris", "diabetes", "wine_data"} <= set(texts)
+    folder = resources.files("sklearn.datasets.descr")
+    assert all(text.encode() == (folder / f"{name}.rst").read_bytes().replace(b"\r\n", b"\n") for name, text in texts.items())
+    made = sentences(texts.values())
+    assert "the dataset is taken from fisher s paper" in made.kept
+    assert 150 < len(made.kept) < 250 and 10_000 < sum(map(len, made.kept)) < 15_000
+    assert made == sentences(dataset_descriptions().values())
+
+
+def test_a_missing_scikit_learn_is_named(monkeypatch, tmp_path):
+    def missing(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(resources, "files", missing)
+    with pytest.raises(ModuleNotFoundError, match="pip install scikit-learn"):
+        dataset_descriptions()
+    monkeypatch.setattr(resources, "files", lambda name: tmp_path)
+    with pytest.raises(FileNotFoundError, match="no descriptions"):
+        dataset_descriptions()
+
+
+@pytest.mark.parametrize("sizes", [{"low": 0}, {"low": 2.0}, {"high": 19}, {"high": True}])
+def test_bad_lengths_are_named(sizes):
+    with pytest.raises(ValueError, match=next(iter(sizes))):
+        sentences("text", **sizes)
+
+
+@pytest.mark.parametrize("texts", [[b"bytes"], ["text", None], b"bytes"])
+def test_what_is_no_text_is_named(texts):
+    with pytest.raises(TypeError, match="texts"):
+        sentences(texts)
