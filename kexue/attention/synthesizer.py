@@ -294,7 +294,9 @@ class LogitMixture(_Logits):
         heads = {_heads_of("parts", part) for part in parts}
         if len(heads) > 1:
             raise ValueError(f"parts should have the same number of heads, got {sorted(heads)}")
-        limits, widths = ([i for i in (getattr(part, name, None) for part in parts) if isinstance(i, int)] for name in ("max_len", "d"))
+        limits, widths = (
+            [size for size in (getattr(part, name, None) for part in parts) if isinstance(size, int)] for name in ("max_len", "d")
+        )
         if len(set(widths)) > 1:
             raise ValueError(f"parts should take tokens of one width d, got {widths}")
         self.parts = nn.ModuleList(parts)
