@@ -27,7 +27,7 @@ def softmax_entropy(logits: Tensor, dim: int = -1, mask: Tensor | None = None) -
     Args:
         logits: (..., n, ...), floating; -inf for a key that takes no part, no NaN or +inf.
         dim: the axis of the n keys.
-        mask: boolean, broadcastable to `logits`; False leaves a key out.
+        mask: boolean, broadcastable to `logits`, of which it may add leading axes; False leaves a key out.
 
     Returns:
         `logits` without axis `dim`: between 0 and log n.
@@ -45,6 +45,7 @@ def softmax_entropy(logits: Tensor, dim: int = -1, mask: Tensor | None = None) -
     axes = logits.ndim
     if not axes or not isinstance(dim, int) or not -axes <= dim < axes:
         raise ValueError(f"dim should name one of the axes of logits, shape {tuple(logits.shape)}, got {dim!r}")
+    dim = dim - axes if dim >= 0 else dim
     if not logits.shape[dim]:
         raise ValueError(f"logits have no keys along dim {dim}: shape {tuple(logits.shape)}")
     if bad := int((~(logits < math.inf)).sum()):
