@@ -144,6 +144,13 @@ def test_random_logits():
         assert abs(float(B.detach().std()) - 3) < 1.5
 
 
+def test_factorised_random_logits_are_left_times_right():
+    logits = make("factorised")
+    out = logits(tokens(N, D))
+    for h in range(HEADS):
+        close(out[h], logits.left[h] @ logits.right[h].mT)
+
+
 @pytest.mark.parametrize("kind", ["dense2", "dot", "factorised", "kron"])
 def test_a_generator_decides(kind):
     first, again = MAKE[kind](), MAKE[kind]()
