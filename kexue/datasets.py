@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from datetime import date
 from importlib import resources
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -129,3 +131,59 @@ def sentences(texts: str | Iterable[str], *, low: int = 20, high: int = 120) -> 
             if sentence:
                 (short if len(sentence) < low else long if len(sentence) > high else kept).append(sentence)
     return Sentences(tuple(kept), tuple(short), tuple(long), dict(sorted(replaced.items())))
+
+
+class Calendar(NamedTuple):
+    """Posts of a blog in the order of their dates.
+
+    Args:
+        days: (n,) int64, days since 1970-01-01, not decreasing. ids: (n,) int64, all different, >= 1.
+        indexed: (n,) bool, whether a partial index listed the post; False where nothing is known.
+    """
+
+    days: Tensor
+    ids: Tensor
+    indexed: Tensor
+
+
+def blog_calendar(path: str | Path | None = None) -> Calendar:
+    """Dates and archive numbers of all 1295 posts of kexue.fm from 2009-03-01 to 2025-12-16, or of another blog.
+
+    Source: the blog's archive page as of 2025-12-16; facts only, no titles. The order within a day is the archive's. `indexed`
+    is known for 2018 to 2024: which posts an incomplete list, of two of the blog's categories, had.
+
+    Args:
+        path: a CSV file with the heading `date,id,indexed`: ISO dates that do not decrease, whole numbers, 1, 0 or nothing.
+
+    Raises:
+        ValueError: a bad record, named by file and line. OSError: the file cannot be read.
+
+    Example:
+        >>> blog_calendar().ids[[0, 999]].tolist()
+        [12, 7782]
+    """
+    source = resources.files("kexue") / "data" / "blog-calendar.csv" if path is None else Path(path)
+    heading, *lines = source.read_text(encoding="utf-8").splitlines() or [""]
+    if heading != "date,id,indexed":
+        raise ValueError(f"{source.name}:1: expected the heading 'date,id,indexed', got {heading!r}")
+    days: list[int] = []
+    lines_of: dict[int, int] = {}
+    indexed: list[bool] = []
+    for number, line in enumerate(lines, 2):
+        found = re.fullmatch(r"(\d{4}-\d\d-\d\d),([1-9]\d{0,17}),([01]?)", line, re.ASCII)
+        if not found:
+            raise ValueError(f"{source.name}:{number}: expected date,id,indexed such as 2020-09-29,7782,0, got {line!r}")
+        try:
+            day = date.fromisoformat(found[1]).toordinal() - date(1970, 1, 1).toordinal()
+        except ValueError as error:
+            raise ValueError(f"{source.name}:{number}: {found[1]} is no date: {error}") from error
+        if days and day < days[-1]:
+            raise ValueError(f"{source.name}:{number}: {found[1]} comes before the date above it; expected sorted dates")
+        if int(found[2]) in lines_of:
+            raise ValueError(f"{source.name}:{number}: id {found[2]} was in line {lines_of[int(found[2])]} already")
+        days.append(day)
+        lines_of[int(found[2])] = number
+        indexed.append(found[3] == "1")
+    if not days:
+        raise ValueError(f"{source.name}: no records below the heading")
+    return Calendar(torch.tensor(days), torch.tensor([*lines_of]), torch.tensor(indexed))
