@@ -59,6 +59,70 @@ def associative_recall(
     return Recall(keys, drawn, keys.gather(-1, asked), drawn.gather(-1, asked))
 
 
+class LongTail(NamedTuple):
+    """Indices of a long-tailed training set and of what is left over, all int64.
+
+    Args:
+        train: (sum of counts,) in random order. rest: (m,) items that no training set of this `n_max` uses, in order.
+        classes: (K,) from the most frequent to the rarest. counts: (K,) in that order.
+    """
+
+    train: Tensor
+    rest: Tensor
+    classes: Tensor
+    counts: Tensor
+
+
+def long_tail(
+    labels: Tensor, n_max: int, ratio: float, *, n_min: int = 1, generator: torch.Generator | None = None
+) -> LongTail:
+    r"""Draw a training set whose class sizes fall geometrically, the order of the classes being random.
+
+    $$ n_r = \max(n_\text{min}, \operatorname{round}(n_\text{max}\,\text{ratio}^{-r/(K-1)})), \qquad r = 0, \dots, K-1 $$
+
+    Of each class, `n_max` random items are set apart for training and the others are the rest, so that the rest is as
+    balanced as the data and disjoint from the training set.
+
+    Source: the long-tailed CIFAR of Cui et al., arXiv:1901.05555.
+
+    Args:
+        labels: int64 (N,), each class of 0, ..., K - 1 at least `n_max` times, K >= 1.
+        n_max: size of the most frequent class, >= 1. ratio: of the largest to the smallest size, >= 1.
+        n_min: least size, in [1, n_max].
+        generator: source of randomness, on the CPU; default torch's global one.
+
+    Raises:
+        TypeError, ValueError: labels of wrong shape or dtype, negative, or too few of a class; a number out of range.
+
+    Example:
+        >>> long_tail(torch.arange(300) % 3, 90, 9).counts
+        tensor([90, 30, 10])
+    """
+    _validate.shape("labels", labels, "N")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels should be int64 class numbers, got {labels.dtype}")
+    _validate.integer("n_max", n_max, low=1)
+    _validate.integer("n_min", n_min, low=1, high=n_max)
+    _validate.number("ratio", ratio, low=1.0, high=float("inf"), open_high=True)
+    if not len(labels) or int(labels.min()) < 0:
+        raise ValueError(f"labels should be class numbers >= 0, got {int(labels.min()) if len(labels) else 'none'}")
+    sizes = torch.bincount(labels)
+    if bool((sizes < n_max).any()):
+        few = int(sizes.argmin())
+        raise ValueError(f"class {few} has {int(sizes[few])} items, expected at least n_max = {n_max}")
+    K = len(sizes)
+    classes = torch.randperm(K, generator=generator)
+    counts = torch.tensor([max(n_min, round(n_max * ratio ** (-r / max(1, K - 1)))) for r in range(K)])
+    train, rest = [], []
+    for label, count in zip(classes.tolist(), counts.tolist()):
+        items = (labels == label).nonzero()[:, 0]
+        items = items[torch.randperm(len(items), generator=generator)]
+        train.append(items[:count])
+        rest.append(items[n_max:])
+    order = torch.randperm(int(counts.sum()), generator=generator)
+    return LongTail(torch.cat(train)[order], torch.cat(rest).sort().values, classes, counts)
+
+
 def dataset_descriptions() -> dict[str, str]:
     """The descriptions of data sets that come with scikit-learn: real English prose, some 40 kB, without a download.
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kexue.datasets import associative_recall, dataset_descriptions, sentences
+from kexue.datasets import associative_recall, dataset_descriptions, long_tail, sentences
 
 
 @given(st.integers(1, 5), st.integers(1, 20), st.integers(0, 10), st.integers(1, 20), st.integers(0, 2**31))
@@ -118,3 +118,44 @@ def test_bad_lengths_are_named(sizes):
 def test_what_is_no_text_is_named(texts):
     with pytest.raises(TypeError, match="texts"):
         sentences(texts)
+
+
+@given(st.integers(1, 6), st.integers(1, 20), st.floats(1, 50), st.integers(0, 2**31))
+def test_long_tails_have_their_sizes_and_share_nothing_with_the_rest(K, n_max, ratio, seed):
+    gen = torch.Generator().manual_seed(seed)
+    labels = torch.arange(K * (n_max + 3))[torch.randperm(K * (n_max + 3), generator=gen)] % K
+    drawn = long_tail(labels, n_max, ratio, generator=gen)
+    sizes = torch.bincount(labels[drawn.train], minlength=K)
+    assert sizes[drawn.classes].tolist() == drawn.counts.tolist()
+    assert drawn.counts[0] == n_max and drawn.counts.tolist() == sorted(drawn.counts.tolist(), reverse=True)
+    assert drawn.counts[-1] == (max(1, round(n_max / ratio)) if K > 1 else n_max)
+    assert torch.bincount(labels[drawn.rest], minlength=K).tolist() == [3] * K
+    both = torch.cat([drawn.train, drawn.rest])
+    assert len(both.unique()) == len(both)
+    again = long_tail(labels, n_max, ratio, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(again.train, long_tail(labels, n_max, ratio, generator=torch.Generator().manual_seed(1)).train)
+
+
+def test_long_tail_of_the_chapters_and_a_floor():
+    labels = torch.arange(2000) % 10
+    assert long_tail(labels, 130, 50).counts.tolist() == [130, 84, 54, 35, 23, 15, 10, 6, 4, 3]
+    assert long_tail(labels, 130, 50, n_min=20).counts.tolist() == [130, 84, 54, 35, 23, 20, 20, 20, 20, 20]
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers", "error", "message"),
+    [
+        (torch.zeros(2, 2).long(), (1, 1), ValueError, r"labels: expected shape \(N\)"),
+        (torch.zeros(4), (1, 1), TypeError, r"labels should be int64 class numbers, got torch.float32"),
+        (torch.tensor([-1, 0]), (1, 1), ValueError, r"labels should be class numbers >= 0, got -1"),
+        (torch.zeros(0).long(), (1, 1), ValueError, r"labels should be class numbers >= 0, got none"),
+        (torch.tensor([0, 0, 1]), (2, 1), ValueError, r"class 1 has 1 items, expected at least n_max = 2"),
+        (torch.tensor([0, 1]), (0, 1), ValueError, r"n_max should be an integer >= 1, got 0"),
+        (torch.tensor([0, 1]), (1, 0.5), ValueError, r"ratio should be a number in \[1.0, inf\), got 0.5"),
+    ],
+)
+def test_bad_long_tails_are_named(labels, numbers, error, message):
+    with pytest.raises(error, match=message):
+        long_tail(labels, *numbers)
+    with pytest.raises(ValueError, match=r"n_min should be an integer in \[1, 2\]"):
+        long_tail(torch.zeros(5).long(), 2, 1, n_min=3)
