@@ -1,8 +1,9 @@
-"""The Transformer against Hugging Face's classes, forward and backward; the memory of a stack of 1,000 sub-layers."""
+"""The Transformer against Hugging Face's classes, forward and backward; the memory of 1,000 sub-layers and 1,000 layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -14,7 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from benchmarks.common import Row, race
-from kexue.transformer import FeedForward, ResidualStack, from_hf_bert, from_hf_gpt2, from_hf_t5
+from kexue.numerics import PeakMemory
+from kexue.transformer import Config, FeedForward, ResidualStack, Transformer, from_hf_bert, from_hf_gpt2, from_hf_t5
 
 VOCAB, BATCH, N = 5000, 2, 64
 DEPTH, WIDTH, ROWS = 1000, 32, 1024
@@ -33,6 +35,22 @@ def step(checkpoint: int) -> Callable[[], None]:
     stack = ResidualStack(layers, WIDTH, norm="deepnorm", checkpoint=checkpoint)
     x = torch.randn(ROWS, WIDTH)
     return lambda: stack(x).square().mean().backward()
+
+
+def deep_transformer(checkpoint: int) -> Callable[[], None]:
+    """Forward and backward through a Transformer of 1,000 layers: 2,000 sub-layers, attention included."""
+    torch.manual_seed(0)
+    config = Config(d=WIDTH, layers=DEPTH, heads=2, d_ff=2 * WIDTH, vocab=64, causal=True, norm="deepnorm", max_len=N)
+    model = Transformer(replace(config, checkpoint=checkpoint))
+    tokens = torch.randint(64, (16, N))
+    return lambda: backward(model, lambda: model(tokens), tokens)
+
+
+def held(run: Callable[[], None]) -> float:
+    """Most MiB of tensors made during one run and alive at one time, gradients included."""
+    with PeakMemory() as memory:
+        run()
+    return memory.peak / 2**20
 
 
 def peak(run: Callable[[], None]) -> float:
@@ -79,3 +97,8 @@ def rows() -> Iterator[Row]:
             f"ResidualStack of {DEPTH}, checkpoint = {checkpoint}", saving, kept, "the same, all states kept", repeats=3,
             note=f"d = {WIDTH}, batch {ROWS}: peak {peak(saving):.0f} MiB against {peak(kept):.0f} MiB",
         )
+    kept, saving = deep_transformer(0), deep_transformer(45)
+    yield race(
+        f"Transformer of {DEPTH} layers, checkpoint = 45", saving, kept, "the same, all states kept", repeats=3,
+        note=f"d = {WIDTH}, 2 heads, batch 16, n = {N}, float32: peak {held(saving):.0f} MiB against {held(kept):.0f} MiB",
+    )
