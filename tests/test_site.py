@@ -159,6 +159,20 @@ def test_every_internal_link_lands(site: Path) -> None:
     assert not broken
 
 
+def test_formulas_fit_a_desktop(browser: Any, address: str, pages: list[str]) -> None:
+    context = browser.new_context(viewport={"width": 1250, "height": 900})
+    page = context.new_page()
+    cut = []
+    for name in pages:
+        settled(page, address + name)
+        cut += page.evaluate(
+            "[...document.querySelectorAll('div.math')].filter(e => [...e.querySelectorAll('.kexue-scroll')]"
+            ".some(s => s.scrollWidth > s.clientWidth + 1)).map(e => e.id)"
+        )
+    context.close()
+    assert not cut
+
+
 def test_a_phone_scrolls_in_one_direction(browser: Any, address: str, pages: list[str]) -> None:
     context = browser.new_context(viewport={"width": 390, "height": 844})
     page = context.new_page()
