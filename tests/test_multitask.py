@@ -392,6 +392,12 @@ def test_mixed_direction_contains_both_others():
     close(one.weights, many.weights)
 
 
+def test_gap_sees_weights_that_are_wrong(monkeypatch):
+    G = torch.tensor([[2.0, 0.0], [0.0, 1.0]], dtype=F64)
+    monkeypatch.setattr(M, "_weights", lambda gram, mains, tol: np.array([0.5, 0.5]))
+    close(M.min_norm_point(G @ G.T).gap, 0.75)  # u = (1, 1/2): its square is 5/4, the slowest task gets 1/2
+
+
 def test_residual_sees_weights_that_are_wrong(monkeypatch):
     G = gradients(4, 3, 10)
     monkeypatch.setattr(M, "_weights", lambda gram, mains, tol: np.array([1.0, 0.0, 0.0, 0.0]))
