@@ -319,15 +319,16 @@ def _nodes(mu: Tensor, noise: Noise, h: float) -> tuple[Tensor, Tensor, Tensor]:
         log_w[-1] = math.log(h / 2)
         return t, log_w, t[-1]
     u, log_g = (x.to(mu)[:, None] for x in _gauss(-(-n // 2)))
-    tail = (top - u.log(), log_g - u.log() + 0 * top)  # beyond the largest score, in u = exp(top - t)
     if noise.rule == "exponential":
-        return *tail, top
+        return *_right_tail(top, u, log_g), top
     if noise.rule == "uniform":
         ends = torch.cat([top[:, None], torch.maximum(mu + 1, top[:, None]).sort(1).values], 1)
     else:
         spread = float((top - low).detach().max())
         grid = torch.linspace(0, 1, _grid(n, spread) + 1, dtype=mu.dtype, device=mu.device)[1:-1]
         ends = torch.cat([mu, (low + grid[:, None] * (top - low)).mT.detach()], 1).sort(1).values
+        low, top = ends[:, 0], ends[:, -1]  # of equal scores the one whose panel ends there: gradients follow it
+        tail = _right_tail(top, u, log_g)
         u, log_g = (x.to(mu)[:, None] for x in _gauss(16))
     width = ends.diff(dim=1)
     t = (ends[:, :-1].T[:, None] + u * width.T[:, None]).flatten(0, 1)
@@ -336,6 +337,11 @@ def _nodes(mu: Tensor, noise: Noise, h: float) -> tuple[Tensor, Tensor, Tensor]:
         return t, log_w, top
     left = (low[None], torch.full_like(low, -math.log(n))[None])  # below all scores the integrand is exp(n (t - low))
     return torch.cat([left[0], t, tail[0]]), torch.cat([left[1], log_w, tail[1]]), top
+
+
+def _right_tail(top: Tensor, u: Tensor, log_g: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes beyond the largest score, from nodes and log-weights in u = exp(top - t)."""
+    return top - u.log(), log_g - u.log() + 0 * top
 
 
 def _log_prob(mu: Tensor, noise: Noise, h: float) -> Tensor:

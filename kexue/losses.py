@@ -69,7 +69,7 @@ def logit_adjusted_cross_entropy(
     if not abs(total) <= 1e-4:
         raise ValueError(f"log_prior should normalise (logsumexp 0), got logsumexp {total:.6g}; expected log-probabilities")
     _check_weight(weight, logits)
-    return _reduce(_cross_entropy(logits + tau * log_prior, target), target, weight, reduction)
+    return _cross_entropy(logits + tau * log_prior, target, weight, reduction)
 
 
 def margin_cross_entropy(
@@ -106,7 +106,7 @@ def margin_cross_entropy(
     _validate.floating(logits=logits, margin=margin)
     _validate.finite(margin=margin)
     _check_weight(weight, logits)
-    return _reduce(_cross_entropy(logits + margin[target], target), target, weight, reduction)
+    return _cross_entropy(logits + margin[target], target, weight, reduction)
 
 
 @dataclass(frozen=True)
@@ -233,8 +233,10 @@ def prob_loss(logits: Tensor, target: Tensor, g: ProbabilityLoss = CE, *, reduct
     if not isinstance(g, ProbabilityLoss):
         raise TypeError(f"g should be a ProbabilityLoss (CE, SMOOTH_ERROR, tsallis(q), focal(gamma)), got {type(g).__name__}")
     _check(logits, target, reduction)
-    losses = _cross_entropy(logits, target)
-    return _reduce(losses if g is CE else _OfLogProb.apply(-losses, g), target, None, reduction)
+    if g is CE:
+        return _cross_entropy(logits, target, None, reduction)
+    losses: Tensor = _OfLogProb.apply(-_cross_entropy(logits, target, None, "none"), g)
+    return _reduce(losses, reduction)
 
 
 def effective_weight(p: Tensor, g: ProbabilityLoss | Callable[[Tensor], Tensor]) -> Tensor:
@@ -296,12 +298,14 @@ def _check_weight(weight: Tensor | None, logits: Tensor) -> None:
         raise ValueError(f"weight has {int((weight < 0).sum())} negative entries; expected weights >= 0")
 
 
-def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    flat = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1), reduction="none")
-    return flat.reshape(target.shape)
+def _cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    fused = reduction if weight is None else "none"
+    losses = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1), reduction=fused)
+    if fused != "none":
+        return losses
+    losses = losses.reshape(target.shape)
+    return _reduce(losses if weight is None else weight[target] * losses, reduction)
 
 
-def _reduce(losses: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    if weight is not None:
-        losses = weight[target] * losses
+def _reduce(losses: Tensor, reduction: str) -> Tensor:
     return losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses

@@ -213,6 +213,15 @@ def test_derivatives_potential_and_loss(noise):
 
 
 @every_noise
+def test_gradients_where_scores_are_equal(noise):
+    mu = tensor(0.3, 0.3, 0.1, 0.3).requires_grad_()
+    (grad,) = torch.autograd.grad(perturbed_log_prob(mu, noise)[2], mu)
+    step = 1e-5 * torch.eye(4, dtype=F64)
+    ends = [perturbed_log_prob(mu.detach() + s * step, noise)[:, 2] for s in (1, -1)]
+    assert grad.tolist() == pytest.approx(((ends[0] - ends[1]) / 2e-5).tolist(), abs=1e-4)
+
+
+@every_noise
 def test_expected_maximum_of_equal_scores_is_that_of_order_statistics(noise):
     n, peer = 5, PEERS[noise.name]
     exact = integrate.quad(lambda t: n * peer.ppf(t) * t ** (n - 1), 0, 1, epsabs=1e-12, limit=500)[0]
