@@ -42,7 +42,7 @@ def test_each_fault_fits_its_file_and_somebody_judges_it(name):
     for fault in LISTS[name]:
         assert fault.planted(faults.ROOT)
         assert faults.judges(name, fault.file)
-    assert len({(fault.find, fault.replace) for fault in LISTS[name]}) == len(LISTS[name])
+    assert len({(fault.file, fault.find, fault.replace) for fault in LISTS[name]}) == len(LISTS[name])
 
 
 def test_caught_and_missed(tree, capsys):
