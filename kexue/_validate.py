@@ -80,6 +80,18 @@ def choice(name: str, value: Any, known: Any) -> None:
         raise ValueError(f"{name} should be one of {', '.join(map(repr, known))}, got {value!r}")
 
 
+def classes(name: str, target: Any, shape_: Sequence[int], count: int) -> None:
+    """Raise unless `target` holds int64 class numbers in [0, count), at least one, in the given shape."""
+    shape(name, target, *shape_)
+    if target.dtype != torch.int64:
+        raise TypeError(f"{name} should be int64 class numbers, got {target.dtype}")
+    if not target.numel():
+        raise ValueError(f"{name} should have at least one sample, got shape {tuple(target.shape)}")
+    low, high = (int(extreme) for extreme in target.aminmax())
+    if low < 0 or high >= count:
+        raise ValueError(f"{name} should be in [0, {count - 1}], got {low if low < 0 else high}")
+
+
 def number(
     name: str, value: Any, *, low: float = float("-inf"), high: float = float("inf"), open_low: bool = False,
     open_high: bool = False,

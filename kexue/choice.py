@@ -220,14 +220,7 @@ def fenchel_young_loss(
     """
     _, n = _scores(mu, noise, scale)
     _validate.choice("reduction", reduction, ("mean", "sum", "none"))
-    _validate.shape("target", target, *mu.shape[:-1])
-    if target.dtype != torch.int64:
-        raise TypeError(f"target should be int64 class numbers, got {target.dtype}")
-    if not target.numel():
-        raise ValueError(f"mu should have at least one sample, got shape {tuple(mu.shape)}")
-    low, high = (int(extreme) for extreme in target.aminmax())
-    if low < 0 or high >= n:
-        raise ValueError(f"target should be in [0, {n - 1}], got {low if low < 0 else high}")
+    _validate.classes("target", target, mu.shape[:-1], n)
     true = mu.gather(-1, target[..., None])
     losses = expected_max(mu - true, noise, scale=scale) - scale * noise.mean
     return losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses

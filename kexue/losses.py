@@ -276,15 +276,10 @@ def _check(logits: Tensor, target: Tensor, reduction: str) -> int:
     K = _validate.shape("logits", logits, "...", "K")["K"]
     _validate.floating(logits=logits)
     _validate.choice("reduction", reduction, ("mean", "sum", "none"))
-    _validate.shape("target", target, *logits.shape[:-1])
-    if target.dtype != torch.int64:
-        raise TypeError(f"target should be int64 class numbers, got {target.dtype}")
     if not logits.numel():
         raise ValueError(f"logits should have at least one sample and one class, got shape {tuple(logits.shape)}")
+    _validate.classes("target", target, logits.shape[:-1], K)
     _validate.finite(logits=logits)
-    low, high = (int(extreme) for extreme in target.aminmax())
-    if low < 0 or high >= K:
-        raise ValueError(f"target should be in [0, {K - 1}], got {low if low < 0 else high}")
     return K
 
 

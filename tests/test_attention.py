@@ -408,9 +408,9 @@ def test_small_positive_denominators_are_no_error():
 def test_masks_are_checked():
     with pytest.raises(ValueError, match=r"mask: expected a shape that broadcasts to \(2, 4, 4\), got \(3, 4\)"):
         attention(**GOOD, mask=torch.ones(3, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match="mask leaves 2 queries"):
+    with pytest.raises(ValueError, match="mask leaves 1 queries"):
         attention(**GOOD, mask=torch.tensor([True, True, False, True]).unsqueeze(-1).expand(4, 4))
-    with pytest.raises(ValueError, match="mask leaves 2 queries"):
+    with pytest.raises(ValueError, match="mask leaves 1 queries"):
         attention(**GOOD, causal=True, mask=torch.tensor([False, True, True, True]))
     with pytest.raises(ValueError, match="at least as many keys"):
         attention(GOOD["q"], GOOD["k"][:, :2], GOOD["v"][:, :2], causal=True)

@@ -24,7 +24,7 @@ from kexue.attention import (
     attention,
     factor_logits,
 )
-from kexue.transformer import FeedForward, MultiHeadAttention, ResidualStack, causal_mask
+from kexue.transformer import Config, FeedForward, MultiHeadAttention, ResidualStack, Transformer, causal_mask
 
 F64 = torch.float64
 D, HEADS, N = 12, 3, 6
@@ -339,6 +339,30 @@ def test_bad_input(call, error, message):
         call()
 
 
+@pytest.mark.parametrize("position", ["learned", "relative"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", ["none", "boolean", "floating", "per head"])
+def test_in_a_transformer_it_sees_what_self_attention_saw(position, causal, kind):
+    torch.manual_seed(0)
+    model = Transformer(Config(d=D, layers=2, heads=HEADS, vocab=7, max_len=N, causal=causal, position=position)).double()
+    words = torch.randint(7, (3, N))
+    mask = {"none": None, "boolean": (torch.arange(N) < N - 2).expand(3, 1, 1, N) | torch.eye(N, dtype=torch.bool),
+            "floating": torch.randn(3, 1, N, N, dtype=F64), "per head": torch.randn(HEADS, N, N, dtype=F64)}[kind]
+    expected, traced = model(words, mask=mask), model.trace(words, mask=mask)
+    first = model.stack.sublayers[0]
+    same = SynthesizerAttention(D, DotLogits(D, HEADS, bias=True)).double()
+    with torch.no_grad():
+        for name, value in first.qkv.named_parameters():
+            for ours, part in zip((same.logits.q, same.logits.k, same.v), value.chunk(3), strict=True):
+                ours.get_parameter(name).copy_(part)
+        same.out.load_state_dict(first.out.state_dict())
+    model.stack.sublayers[0] = same
+    torch.testing.assert_close(model(words, mask=mask), expected)
+    torch.testing.assert_close(model.trace(words, mask=mask).weights[0], traced.weights[0])
+    with pytest.raises(ValueError, match="SynthesizerAttention keeps no cache"):
+        model.step(words)
+
+
 def test_bad_masks_and_logits():
     layer, x = SynthesizerAttention(D, make("random"), causal=True).double(), tokens(2, N, D)
     with pytest.raises(ValueError, match="mask: expected a shape that broadcasts"):
@@ -349,7 +373,7 @@ def test_bad_masks_and_logits():
         layer(x, mask=[True])
     with pytest.raises(ValueError, match="NaN or \\+infinity"):
         layer(x, mask=torch.full((N, N), math.inf, dtype=F64))
-    with pytest.raises(ValueError, match="mask leaves 3 queries without any key"):
+    with pytest.raises(ValueError, match="mask leaves 1 queries without any key"):
         layer(x, mask=torch.arange(N) > 0)  # causal: the first query of each head has only itself
     with pytest.raises(ValueError, match="without any key"):
         layer(x, mask=torch.full((N, N), -math.inf, dtype=F64))

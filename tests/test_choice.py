@@ -320,7 +320,7 @@ M, T = torch.zeros(2, 3), torch.tensor([0, 2])
         (lambda: fenchel_young_loss(M, T.float(), NORMAL), TypeError, r"target should be int64"),
         (lambda: fenchel_young_loss(M, T + 1, NORMAL), ValueError, r"target should be in \[0, 2\], got 3"),
         (lambda: fenchel_young_loss(M, T - 1, NORMAL), ValueError, r"target should be in \[0, 2\], got -1"),
-        (lambda: fenchel_young_loss(M[:0], T[:0], NORMAL), ValueError, r"mu should have at least one sample"),
+        (lambda: fenchel_young_loss(M[:0], T[:0], NORMAL), ValueError, r"target should have at least one sample"),
         (lambda: fenchel_young_loss(M, T, NORMAL, reduction="max"), ValueError, r"reduction should be one of"),
     ],
 )

@@ -278,3 +278,13 @@ def test_slope_recovers_what_was_planted(exponent, constant, offset, axes):
     held = slope(grid, values, exponent, tol=1e-9, axes=axes, rivals={"off": exponent + offset})
     assert held.held and held.rivals[0].rejected
     assert not slope(grid, values, exponent + offset, tol=1e-9, axes=axes, rivals={"true": exponent}).held
+
+
+@pytest.mark.parametrize("check", [
+    lambda half: equal(1.0, 1.25, rtol=0.0, atol=half, rivals={"two": 2.5}),
+    lambda half: slope([1.0, 2.0, 4.0], [1.0, 2.0, 4.0], 1.0, tol=half, rivals={"cubic": 3.0}),
+    lambda half: mean(DRAWS, 1.0, bias=half, rivals={"three": 3.0}),
+    lambda half: ordering(*PAIR, by=half, rivals={"reversed": PAIR[::-1]}),
+])
+def test_a_tolerance_may_be_a_numpy_number(check):
+    assert json.loads(json.dumps(check(np.float64(0.5)).record()))["held"] is True

@@ -1,6 +1,9 @@
-"""Checks that softmax and linear attention share."""
+"""Checks and masks that all kinds of attention share."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +28,43 @@ def check(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
     _validate.floating(q=q, k=k, v=v)
     _validate.finite(q=q, k=k, v=v)
     return sizes["n"], keys["m"]
+
+
+def join_masks(
+    shape: Sequence[int], mask: Tensor | None, causal: bool, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """What a mask and causality mean for logits (..., n, m): who may attend (None: all), and what is added (None: nothing).
+
+    The last query sees all keys (m > n: a cache). A mask that leaves a query without any key is refused.
+    """
+    n, m = shape[-2:]
+    if causal and m < n:
+        raise ValueError(f"causal attention needs at least as many keys as queries, got {m} keys and {n} queries")
+    past = torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n) if causal else None
+    if mask is None:
+        return past, None
+    _validate.broadcasts("mask", mask, shape)
+    if mask.dtype == torch.bool:
+        allowed, added = mask, None
+    elif mask.is_floating_point():
+        if not bool((mask < math.inf).all()):
+            raise ValueError("mask has NaN or +infinity; a floating mask is added to the logits: finite, or -inf to hide")
+        allowed, added = mask > -math.inf, mask
+    else:
+        raise TypeError(f"mask should be boolean or floating, got {mask.dtype}")
+    if past is not None:
+        allowed = allowed & past
+    if empty := int((~allowed).all(-1).sum()):
+        raise ValueError(f"mask leaves {empty} queries without any key to attend to")
+    return allowed, added
+
+
+def masked(logits: Tensor, mask: Tensor | None, causal: bool, shape: Sequence[int]) -> Tensor:
+    """Logits, which may lack leading axes of `shape`, with the mask added and what may not be seen at -inf."""
+    allowed, added = join_masks(shape, mask, causal, logits.device)
+    if added is not None:
+        logits = logits + added
+    return logits if allowed is None else torch.where(allowed, logits, -math.inf)
 
 
 def refuse_zero(vanishes: Tensor) -> None:

@@ -54,7 +54,7 @@ def attention(
 
     Complexity: O(n m (d + d_v)) time, O(n m) memory.
     """
-    n, m = _inputs.check(q, k, v)
+    n, _ = _inputs.check(q, k, v)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if isinstance(scale, Tensor):
         _validate.broadcasts("scale", scale, (*torch.broadcast_shapes(q.shape[:-2], k.shape[:-2]), n, 1))
@@ -63,20 +63,7 @@ def attention(
     else:
         _validate.number("scale", scale)
     logits = scale * q @ k.mT
-    if causal and m < n:
-        raise ValueError(f"causal attention needs at least as many keys as queries, got {m} keys and {n} queries")
-    allowed = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n) if causal else None
-    if mask is not None:
-        _validate.broadcasts("mask", mask, logits.shape)
-        if mask.dtype == torch.bool:
-            allowed = mask if allowed is None else allowed & mask
-        else:
-            logits = logits + mask
-    if allowed is not None:
-        logits = logits.masked_fill(~allowed, -math.inf)
-    if mask is not None and (empty := int((logits == -math.inf).all(-1).sum())):
-        raise ValueError(f"mask leaves {empty} queries without any key to attend to")
-    weights = logits.softmax(-1)
+    weights = _inputs.masked(logits, mask, causal, logits.shape).softmax(-1)
     out = weights @ v
     return (out, weights) if return_weights else out
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kexue import _validate
+from kexue.attention import _inputs
 
 LAYOUTS = ("kron", "tile")
 
@@ -325,7 +326,8 @@ class SynthesizerAttention(nn.Module):
 
     $$ Y = \big[\operatorname{softmax}(B_h(X) + M)\,X W_v^h\big]_h W_o $$
 
-    It is a sub-layer for `kexue.transformer.ResidualStack`; where there is a mask, close over it (`branches`).
+    It is a sub-layer for `kexue.transformer.ResidualStack` (where there is a mask, close over it: `branches`), and may take
+    the place of a self-attention in `Transformer.stack.sublayers`, which passes masks and causality on, but keeps no cache.
 
     Source: article 7430 of kexue.fm; Tay et al., *Synthesizer*, arXiv:2005.00743.
 
@@ -388,7 +390,7 @@ class SynthesizerAttention(nn.Module):
         n = _validate.shape("x", x, "...", "n", "d", d=self.d)["n"]
         logits = self.logits(x)
         _validate.shape("logits", logits, "...", self.heads, n, n)
-        weights = _masked(logits, mask, self.causal, (*x.shape[:-2], self.heads, n, n)).softmax(-1)
+        weights = _inputs.masked(logits, mask, self.causal, (*x.shape[:-2], self.heads, n, n)).softmax(-1)
         mixed = weights @ _heads(self.v(x), self.heads)
         out = self.out(mixed.transpose(-3, -2).flatten(-2))
         return (out, weights) if return_weights else out
@@ -446,24 +448,3 @@ def _head_width(d: int, heads: int, d_head: int | None) -> int:
         return d // heads
     _sizes(d_head=d_head)
     return d_head
-
-
-def _masked(logits: Tensor, mask: Tensor | None, causal: bool, shape: tuple[int, ...]) -> Tensor:
-    """Logits with what may not be seen at -inf; a row in which nothing is left is refused."""
-    n = shape[-1]
-    allowed = torch.ones(n, n, dtype=torch.bool, device=logits.device).tril() if causal else None
-    if mask is not None:
-        _validate.broadcasts("mask", mask, shape)
-        if mask.dtype == torch.bool:
-            allowed = mask if allowed is None else allowed & mask
-        elif mask.is_floating_point():
-            if not bool((mask < math.inf).all()):
-                raise ValueError("mask has NaN or +infinity; a floating mask is added to the logits: finite, or -inf to hide")
-            logits = logits + mask
-        else:
-            raise TypeError(f"mask should be boolean or floating, got {mask.dtype}")
-    if allowed is not None:
-        logits = torch.where(allowed, logits, -math.inf)
-    if mask is not None and (empty := int((logits == -math.inf).all(-1).sum())):
-        raise ValueError(f"mask leaves {empty} queries without any key to attend to")
-    return logits

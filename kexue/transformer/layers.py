@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kexue import _validate
 from kexue.attention import attention
+from kexue.attention._inputs import join_masks
 
 activations: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -255,31 +256,17 @@ def view(
     With softmax attention causality goes into the mask, unless it is all there is; another kind sees to it itself.
     """
     n, m = shape[-2:]
-    past = torch.ones(n, m, dtype=torch.bool, device=like.device).tril(m - n) if causal and n > 1 else None
-    seen = allowed = None
-    if mask is not None:
-        _validate.broadcasts("mask", mask, shape)
-        if mask.dtype == torch.bool:
-            seen = mask
-        elif mask.is_floating_point():
-            if not bool((mask < math.inf).all()):
-                raise ValueError("mask has NaN or +infinity; a floating mask is added to the logits: finite, or -inf to hide")
-            seen, bias = mask > -math.inf, mask if bias is None else bias + mask
-        else:
-            raise TypeError(f"mask should be boolean or floating, got {mask.dtype}")
-        allowed = seen if past is None else seen & past
-        if empty := int((~allowed).all(-1).sum()):
-            raise ValueError(f"mask leaves {empty} queries without any key to attend to")
-    else:
-        allowed = past
+    allowed, added = join_masks(shape, mask, causal and n > 1, like.device)
+    if added is not None:
+        bias = added if bias is None else bias + added
     factor: float | Tensor | None
     if callable(scale):
         factor = scale(like.new_full((1, 1), m) if allowed is None else allowed.sum(-1, keepdim=True).to(like.dtype))
     else:
         factor = scale
     if callable(kind):
-        allowed = seen
-    elif mask is None and bias is None and past is not None and n == m:
+        allowed, _ = join_masks(shape, mask, False, like.device)
+    elif mask is None and bias is None and allowed is not None and n == m:
         return View(None, True, factor)
     if bias is not None:
         allowed = (bias if allowed is None else bias.masked_fill(~allowed, -math.inf)).to(like.dtype)

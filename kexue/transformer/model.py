@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kexue import _validate
+from kexue.attention import SynthesizerAttention
 from kexue.transformer.layers import (
     Core,
     FeedForward,
@@ -19,6 +20,7 @@ from kexue.transformer.layers import (
     Scale,
     View,
     activations,
+    causal_mask,
     relative_bucket,
     sinusoids,
     view,
@@ -340,9 +342,20 @@ class Transformer(nn.Module):
                 (trace.cross_weights if cross else trace.weights).append(weights)
             return out
 
+        def synthesize(module: SynthesizerAttention, h: Tensor) -> Tensor:
+            if keep or cache is not None:
+                raise ValueError("a SynthesizerAttention keeps no cache: call the model on whole sequences")
+            everyone = view(shape, like=x, mask=mask, bias=bias, causal=c.causal)
+            known = causal_mask(n).to(x.device) if everyone.causal else everyone.mask
+            out, weights = module(h, mask=known, return_weights=True)
+            if traced:
+                trace.weights.append(weights)
+            return out
+
         per_layer = c.sublayers // c.layers
         branches: list[Callable[[Tensor], Tensor]] = [
-            partial(attend, i // per_layer, sub) if isinstance(sub, MultiHeadAttention) else sub
+            partial(attend, i // per_layer, sub) if isinstance(sub, MultiHeadAttention)
+            else partial(synthesize, sub) if isinstance(sub, SynthesizerAttention) else sub
             for i, sub in enumerate(self.stack.sublayers)
         ]
         if traced:

@@ -35,6 +35,9 @@ class Rival:
     tolerance: float
     reason: str = ""
 
+    def __post_init__(self) -> None:
+        _plain(self)
+
 
 @dataclass(frozen=True)
 class Check:
@@ -50,12 +53,22 @@ class Check:
     rivals: tuple[Rival, ...]
     unit: str = ""
 
+    def __post_init__(self) -> None:
+        _plain(self)
+
     def record(self) -> dict[str, Any]:
         """The check as plain JSON data."""
         return asdict(self)
 
     def _ipython_display_(self) -> None:
         """Nothing: in a cell that ends with a check, the ledger has shown it, in text that is the same everywhere."""
+
+
+def _plain(record: Rival | Check) -> None:
+    """Numpy scalars (a tolerance may come as one) become Python's, which JSON knows."""
+    for name, value in vars(record).items():
+        if isinstance(value, np.generic):
+            object.__setattr__(record, name, value.item())
 
 
 # ---------------------------------------------------------------------------------------------- input
