@@ -63,7 +63,8 @@ def attention(
     else:
         _validate.number("scale", scale)
     logits = scale * q @ k.mT
-    weights = _inputs.masked(logits, mask, causal, logits.shape).softmax(-1)
+    logits = _inputs.masked(logits, mask, causal, logits.shape)  # the name goes over, so that only one stays in memory
+    weights = logits.softmax(-1)
     out = weights @ v
     return (out, weights) if return_weights else out
 

@@ -390,7 +390,8 @@ class SynthesizerAttention(nn.Module):
         n = _validate.shape("x", x, "...", "n", "d", d=self.d)["n"]
         logits = self.logits(x)
         _validate.shape("logits", logits, "...", self.heads, n, n)
-        weights = _inputs.masked(logits, mask, self.causal, (*x.shape[:-2], self.heads, n, n)).softmax(-1)
+        logits = _inputs.masked(logits, mask, self.causal, (*x.shape[:-2], self.heads, n, n))
+        weights = logits.softmax(-1)
         mixed = weights @ _heads(self.v(x), self.heads)
         out = self.out(mixed.transpose(-3, -2).flatten(-2))
         return (out, weights) if return_weights else out
