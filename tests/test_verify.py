@@ -137,6 +137,7 @@ def test_non_finite_never_passes(bad, where):
         (lambda: ordering([1.0], [0.0], rivals={"a": ([0.0], [1.0])}), ValueError, "n >= 2"),
         (lambda: ordering(*PAIR, rivals={"a": CONTROL}, confidence=1.0), ValueError, "confidence"),
         (lambda: ordering(*PAIR, rivals={"a": PAIR[0]}), TypeError, "pair"),
+        (lambda: ordering(*PAIR, rivals={"reversed": PAIR[::-1], "again": PAIR[::-1]}), ValueError, "add a control"),
         (lambda: identity(x, 1.0, rivals={"a": y}), TypeError, "right should be a SymPy expression"),
         (lambda: identity(x, x, rivals={"a": sympy.log(-x)}), ValueError, "not a real number"),
         (lambda: identity(x, x, rivals={"a": y}, domain={x: (1, 1)}), ValueError, "low < high"),
@@ -284,7 +285,7 @@ def test_slope_recovers_what_was_planted(exponent, constant, offset, axes):
     lambda half: equal(1.0, 1.25, rtol=0.0, atol=half, rivals={"two": 2.5}),
     lambda half: slope([1.0, 2.0, 4.0], [1.0, 2.0, 4.0], 1.0, tol=half, rivals={"cubic": 3.0}),
     lambda half: mean(DRAWS, 1.0, bias=half, rivals={"three": 3.0}),
-    lambda half: ordering(*PAIR, by=half, rivals={"reversed": PAIR[::-1]}),
+    lambda half: ordering(*PAIR, by=half, rivals={"control": CONTROL}),
 ])
 def test_a_tolerance_may_be_a_numpy_number(check):
     assert json.loads(json.dumps(check(np.float64(0.5)).record()))["held"] is True
