@@ -5,9 +5,19 @@ from __future__ import annotations
 import argparse
 import importlib
 import pkgutil
+import platform
+import re
+from datetime import date
 from pathlib import Path
 
 import torch
+
+
+def _machine() -> str:
+    """The processor's name, as far as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)$", info.read_text("utf-8"), re.MULTILINE) if info.is_file() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -20,6 +30,8 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown topics: {', '.join(sorted(unknown))}; known: {', '.join(topics)}")
     torch.set_num_threads(arguments.threads)
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    print(f"{date.today()}, {_machine()}, torch threads: {arguments.threads}, {versions}\n")
     print("| task | peer | kexue | peer's | peer / kexue | note |\n|---|---|---:|---:|---:|---|")
     for topic in arguments.topics or topics:
         for row in importlib.import_module(f"benchmarks.{topic}").rows():

@@ -455,10 +455,10 @@ def _gram(G: Tensor, H: Tensor) -> np.ndarray:
 
 def _combine(weights: np.ndarray, G: Tensor, H: Tensor) -> Tensor:
     """weights @ [G; H], accumulated in float64, in the dtype of G."""
-    held = torch.from_numpy(weights).to(G.device)
-    n = len(G)
+    first, second = torch.from_numpy(weights).to(G.device).split([len(G), len(H)])
     pieces = [
-        (held[:n] @ G[:, block].double() + held[n:] @ H[:, block].double()).to(G.dtype) for block in _blocks(G.shape[1], G.dtype)
+        torch.addmv(first @ G[:, block].double(), H[:, block].double().T, second).to(G.dtype)
+        for block in _blocks(G.shape[1], G.dtype)
     ]
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
@@ -482,10 +482,11 @@ def _weights(gram: np.ndarray, mains: int, tol: float) -> np.ndarray:
     norms = norms[alive]
     s = np.zeros(len(norms))
     s[:mains] = norms[shortest] / norms[:mains]
-    values, vectors = np.linalg.eigh(gram[np.ix_(alive, alive)] / norms[:, None] / norms)
+    inner = gram if alive.all() else gram[np.ix_(alive, alive)]
+    values, vectors = np.linalg.eigh(inner / norms[:, None] / norms)
     if values[0] < -tol * len(norms):
         raise ValueError(f"gram should be positive semi-definite, got the eigenvalue {values[0]:.3g} of its matrix of cosines")
-    rows = np.concatenate([np.sqrt(values.clip(0))[:, None] * vectors.T, s[None]])
+    rows = np.vstack([np.sqrt(np.maximum(values, 0))[:, None] * vectors.T, s])
     goal = np.zeros(len(rows))
     goal[-1] = 1
     y, _ = nnls(rows, goal)
