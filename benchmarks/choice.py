@@ -16,7 +16,7 @@ from kexue.choice import GUMBEL, LOGISTIC, NORMAL, perturbed_log_prob
 
 def rows() -> Iterator[Row]:
     gen = torch.Generator().manual_seed(0)
-    for n, K in ((1078, 10), (128, 1000)):
+    for n, K in ((1078, 10), (128, 1000), (1024, 1000)):
         mu = torch.randn(n, K, dtype=torch.float64, generator=gen)
         graph = mu.clone().requires_grad_()
         up = torch.randn(n, K, dtype=torch.float64, generator=gen)

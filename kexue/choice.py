@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -123,8 +123,9 @@ def perturbed_log_prob(mu: Tensor, noise: Noise, *, scale: float = 1.0, step: fl
     * uniform: the same in every piece between the kinks: exact; $\log p=-\infty$ where p is 0.
     * Laplace: Gauss nodes between the kinks, the two tails exact.
 
-    From 64 classes on, the trapezoid rule works on Chebyshev interpolants of the two functions of $\mu$ that it needs,
-    if they are short enough: O(1) work per class instead of a row of nodes for each, for an error up to 1e-11.
+    For enough scores at once, the trapezoid rule works on Chebyshev interpolants of the two functions of $\mu$ that it
+    needs: O(1) work per class instead of a row of nodes for each. From 64 classes on the error is up to 1e-11, relative
+    where $-\log p>1$; in float64 with fewer classes only rows with scores at most 8 apart take this way, up to 1e-13.
 
     Source: article 9085 of kexue.fm, (8), whose quantile rule (11) this replaces.
 
@@ -135,7 +136,7 @@ def perturbed_log_prob(mu: Tensor, noise: Noise, *, scale: float = 1.0, step: fl
         step: spacing of the trapezoid's nodes in units of the noise; default `noise.step(n)`.
 
     Returns:
-        (..., n), of the dtype of mu (half precision is computed in float32); differentiable.
+        (..., n), of the dtype of mu but computed in float64; differentiable.
 
     Raises:
         TypeError, ValueError: mu not floating, non-finite or without classes; scale or step not positive; a step for a
@@ -155,13 +156,8 @@ def perturbed_log_prob(mu: Tensor, noise: Noise, *, scale: float = 1.0, step: fl
         _validate.number("step", step, low=0.0, high=math.inf, open_low=True, open_high=True)
     if not len(flat):
         return mu.clone()
-    work = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
     h = step or noise.step(n)
-    result = None
-    if noise.rule == "trapezoid" and n >= 64:
-        result = _interpolated(work, noise, h)
-    if result is None:
-        result = _by_rows(lambda rows: _log_prob(rows, noise, h), work, _count(work, noise, h))
+    result = (_grouped if noise.rule == "trapezoid" else _exact)(flat, noise, h)
     return result.to(mu.dtype).reshape(mu.shape)
 
 
@@ -189,8 +185,7 @@ def expected_max(mu: Tensor, noise: Noise, *, scale: float = 1.0) -> Tensor:
     flat, _ = _scores(mu, noise, scale)
     if not len(flat):
         return mu.sum(-1)
-    work = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
-    potential: Tensor = _Potential.apply(work, noise)
+    potential: Tensor = _Potential.apply(flat, noise)
     return (scale * potential).to(mu.dtype).reshape(mu.shape[:-1])
 
 
@@ -267,7 +262,7 @@ def _scores(mu: Tensor, noise: Noise, scale: float) -> tuple[Tensor, int]:
     if n < 1:
         raise ValueError(f"mu should have at least one class, got shape {tuple(mu.shape)}")
     _validate.finite(mu=mu)
-    return mu.reshape(-1, n) / scale, n
+    return mu.reshape(-1, n).to(torch.promote_types(mu.dtype, torch.float32)) / scale, n
 
 
 @functools.lru_cache(maxsize=32)
@@ -337,27 +332,51 @@ def _right_tail(top: Tensor, u: Tensor, log_g: Tensor) -> tuple[Tensor, Tensor]:
     return top - u.log(), log_g - u.log() + 0 * top
 
 
+def _exact(mu: Tensor, noise: Noise, h: float) -> Tensor:
+    """Log-probabilities node by node."""
+    rule = functools.partial(_log_prob, noise=noise, h=h)
+    return _by_rows(rule, mu.double(), _count(mu, noise, h)).to(mu.dtype)
+
+
 def _log_prob(mu: Tensor, noise: Noise, h: float) -> Tensor:
+    def part(t: Tensor, log_w: Tensor, mu: Tensor) -> Tensor:
+        x = t[..., None] - mu
+        total = noise.log_cdf(x).sum(-1)
+        return _logsumexp(noise.log_ratio(x) + (total + log_w)[..., None])
+
     t, log_w, _ = _nodes(mu, noise, h)
-    x = t[..., None] - mu
-    total = noise.log_cdf(x).sum(-1)
-    terms = noise.log_ratio(x) + (total + log_w)[..., None]
-    dead = (terms.detach() == -math.inf).all(0)  # p = 0: no gradient, and none of the NaN of logsumexp
+    return _logsumexp(_by_nodes(part, mu, t, log_w))
+
+
+def _logsumexp(terms: Tensor) -> Tensor:
+    """Over the first axis; where all are -inf (p = 0) no gradient, and none of the NaN of `torch.logsumexp`."""
+    dead = (terms.detach() == -math.inf).all(0)
     if bool(dead.any()):
         return terms.masked_fill(dead, 0).logsumexp(0).masked_fill(dead, -math.inf)
     return terms.logsumexp(0)
+
+
+def _by_nodes(part: Callable[..., Tensor], mu: Tensor, *nodes: Tensor) -> Tensor:
+    """Results (pieces, ...) of a function of nodes and mu on pieces of the nodes (K, rows) that fit in memory."""
+    size = max(1, _ENTRIES // mu.numel())
+    if len(nodes[0]) <= size:
+        return part(*nodes, mu)[None]
+    pieces = zip(*(x.split(size) for x in nodes), strict=True)
+    return torch.stack([checkpoint(part, *piece, mu, use_reentrant=False) for piece in pieces])  # type: ignore[misc]
 
 
 def _expected_max(mu: Tensor, noise: Noise) -> Tensor:
     h = noise.step(mu.shape[1])
 
     def rule(rows: Tensor) -> Tensor:
-        t, log_w, anchor = _nodes(rows, noise, h)
-        total = noise.log_cdf(t[..., None] - rows).sum(-1)
-        part = torch.where(t > anchor, -torch.expm1(total), -total.exp())
-        return anchor + (log_w.exp() * part).sum(0)
+        def part(t: Tensor, log_w: Tensor, rows: Tensor) -> Tensor:
+            total = noise.log_cdf(t[..., None] - rows).sum(-1)
+            return (log_w.exp() * torch.where(t > anchor, -torch.expm1(total), -total.exp())).sum(0)
 
-    return _by_rows(rule, mu, _count(mu, noise, h))
+        t, log_w, anchor = _nodes(rows, noise, h)
+        return anchor + _by_nodes(part, rows, t, log_w).sum(0)
+
+    return _by_rows(rule, mu.double(), _count(mu, noise, h)).to(mu.dtype)
 
 
 class _Potential(torch.autograd.Function):
@@ -375,62 +394,164 @@ class _Potential(torch.autograd.Function):
         return grads[0][:, None] * perturbed_log_prob(mu, ctx.noise).exp(), None
 
 
-# -------------------------------------------------------------------------------- many classes at once
+# -------------------------------------------------------------------------------- many scores at once
+
+_LOW = 4  # the basis: products of the first polynomials with those of T_4(x)
 
 
-@functools.lru_cache(maxsize=8)
-def _chebyshev(small: int, large: int) -> tuple[Tensor, Tensor]:
-    """Chebyshev points in (-1, 1), and the matrix from values there to coefficients of the products T_k(x) T_(k' small)(x)."""
-    count = small * large
-    angle = (torch.arange(count, dtype=torch.float64) + 0.5) * math.pi / count
-    plain = torch.cos(torch.arange(count, dtype=torch.float64)[:, None] * angle) * 2 / count  # values to T_m coefficients
-    plain[0] /= 2
-    for k in range(large - 1, 0, -1):  # T_(k small + c) = 2 T_(k small) T_c - T_(k small - c)
-        for c in range(small - 1, 0, -1):
-            plain[k * small - c] -= plain[k * small + c]
-            plain[k * small + c] *= 2
-    return torch.cos(angle), plain
+@dataclass(frozen=True)
+class _Table:
+    """A noise between interpolants of functions of the score on (-half, half), in units of T_m or of `_products`."""
+
+    half: float
+    log_f: Tensor  # (nodes, count): log F(t - mu), in products
+    slope_f: Tensor  # (nodes, count): its derivative in mu, in products
+    ratio: Tensor  # (nodes, count): f/F at the Chebyshev points, over its maximum
+    peak: float  # logarithm of that maximum times the spacing
+    fit: Tensor  # (count, count): values at the points to T_m
+    products: Tensor  # (count, count): T_m to products
+    slope: Tensor  # (count, count): T_m to products of the derivative
 
 
-def _interpolated(mu: Tensor, noise: Noise, h: float) -> Tensor | None:
-    """Trapezoid rule on interpolants in mu; None where they would be long, or a probability too small for a plain sum."""
-    n, dtype = mu.shape[1], mu.dtype
-    top, low = mu.detach().amax(1), mu.detach().amin(1)
-    half = max(0.5, float((top - low).max()) / 2)
-    small = 8
-    large = 2 + math.ceil(14 * half / small)
-    if small * large > n / 2:
+def _chebyshev(count: int) -> tuple[Tensor, Tensor]:
+    """Chebyshev points in (-1, 1), and the matrix from values there to the coefficients of T_0, ..., T_(count - 1)."""
+    phase, unit = torch.arange(count)[:, None] * (odd := 2 * torch.arange(count) + 1) % (4 * count), math.pi / 2 / count
+    fit = torch.cos(unit * phase.double()) * 2 / count
+    fit[0] /= 2
+    return torch.cos(unit * odd.double()), fit
+
+
+def _to_products(plain: Tensor) -> Tensor:
+    """Coefficients of T_0, T_1, ... (count, columns) to those of `_products`."""
+    size = 1 << (len(plain) - 1).bit_length()
+    out = torch.cat([plain, plain.new_zeros(size - len(plain), plain.shape[1])])
+    while size > 1:
+        size //= 2
+        below, above = out.view(-1, 2, size, plain.shape[1])[:, :, 1:].unbind(1)
+        below -= above.flip(1)  # T_(s + c) = 2 T_s T_c - T_(s - c)
+        above *= 2
+    return out[: len(plain)]
+
+
+def _products(x: Tensor, out: Tensor) -> Tensor:
+    """Fill out (rows, count, n) with products of T_1, T_2, T_4, ... by the binary digits of 0, ..., count - 1; x is lost."""
+    out[:, 0] = 1
+    size, minus = 1, x.new_tensor(-1.0)
+    while size < out.shape[1]:
+        torch.mul(out[:, : min(size, out.shape[1] - size)], x[:, None], out=out[:, size : 2 * size])
+        x, size = torch.addcmul(minus, x, x, value=2, out=x), 2 * size
+    return x
+
+
+@functools.lru_cache(maxsize=16)
+def _table(noise: Noise, n: int, h: float, half: float, device: torch.device) -> _Table | None:
+    """None if singularities of the noise are so close that the interpolants would be long."""
+    t = torch.arange(noise.left - half, noise.right + half + h, h, dtype=torch.float64)
+    t = t[n * noise.log_cdf(t + half) > -600, None]  # left of these the product of all F is below exp(-600)
+    functions, most = (noise.log_cdf, noise.log_ratio), 32 + 16 * math.ceil(half)
+    points, fit = _chebyshev(most)
+    tails = torch.stack([(f(t - half * points) @ fit.T).abs().flip(1).cummax(1).values for f in functions])
+    scale = torch.maximum(tails[..., -1:], torch.tensor([1e-3, 1.0]).to(tails)[:, None, None])
+    spare = int((tails < 3e-14 * scale).all(0).all(0).sum())
+    if spare < _LOW:
         return None
-    points, to_products = (x.to(mu.device) for x in _chebyshev(small, large))
-    t = torch.arange(noise.left - half, noise.right + half + h, h, dtype=torch.float64, device=mu.device)
-    table = t[:, None] - half * points
-    log_f = noise.log_cdf(table) @ to_products.T
-    ratio = noise.log_ratio(table)
-    peak = ratio.amax()
+    points, fit = _chebyshev(_LOW * math.ceil((most - spare) / _LOW))
+    log_f, log_ratio = (f(t - half * points) for f in functions)
+    products = _to_products(torch.eye(len(fit)).to(fit))
+    derivative = torch.from_numpy(np.polynomial.chebyshev.chebder(np.eye(len(fit)))).to(fit) / half
+    slope = products[:, :-1] @ derivative
+    peak = float(log_ratio.amax())
+    tables = log_f @ fit.T @ products.T, log_f @ fit.T @ slope.T, (log_ratio - peak).exp()
+    log_f, slope_f, ratio, fit, products, slope = (x.to(device) for x in (*tables, fit, products, slope))
+    return _Table(half, log_f, slope_f, ratio, peak + math.log(h), fit, products, slope)
 
-    def rule(rows: Tensor) -> Tensor:
-        x = (rows.double() - ((rows.detach().amax(1) + rows.detach().amin(1)) / 2).double()[:, None]) / half
-        far = x
-        for _ in range(3):  # T_8, by T_2m = 2 T_m^2 - 1
-            far = 2 * far.square() - 1
-        low_t, high_t = _polynomials(x, small), _polynomials(far, large)
-        moments = high_t @ low_t.mT  # (rows, large, small): sums over the classes
-        total = moments.flatten(1) @ log_f.T
-        shift = total.detach().amax(1, keepdim=True)
-        inner = (total - shift).exp() @ (ratio - peak).exp()
-        values = inner.log() + shift + peak + math.log(h)
-        products = (values @ to_products.T).unflatten(1, (large, small))
-        return ((products.mT @ high_t) * low_t).sum(1)
 
-    result = torch.cat([rule(rows) for rows in mu.split(max(1, 2**13 // n))])  # what one step makes stays in the cache
-    if not bool((result.detach() > -500).all()):
+def _grouped(mu: Tensor, noise: Noise, h: float) -> Tensor:
+    """Trapezoid rule for rows with scores about equally far apart together, on interpolants where these will do."""
+    level = (mu.detach().amax(1) - mu.detach().amin(1)).double().clamp(min=4).log2().mul(2).ceil()
+    parts: list[Tensor] = []
+    orders: list[Tensor] = []
+    rest = torch.ones_like(level, dtype=torch.bool)
+    for k in level.unique().tolist():
+        rows = (level == k).nonzero()[:, 0]
+        part = _interpolated(mu if len(rows) == len(mu) else mu.index_select(0, rows), noise, h, 2 ** (k / 2 - 1))
+        if part is not None:
+            parts, orders, rest[rows] = [*parts, part], [*orders, rows], False
+    if not parts:
+        return _exact(mu, noise, h)
+    if bool(rest.any()):
+        rows = rest.nonzero()[:, 0]
+        parts, orders = [*parts, _exact(mu.index_select(0, rows), noise, h)], [*orders, rows]
+    return parts[0] if len(parts) == 1 else torch.cat(parts).index_select(0, torch.cat(orders).argsort())
+
+
+def _interpolated(mu: Tensor, noise: Noise, h: float, half: float) -> Tensor | None:
+    """None where the interpolants would be long or not exact enough, or a probability too small for a plain sum."""
+    n = mu.shape[1]
+    if mu.numel() < 32 * (half + 2) or half > (4 if n < 64 and mu.dtype == torch.float64 else 16):
         return None
-    return result.to(dtype)
+    table = _table(noise, n, h, half, mu.device)
+    if table is None:
+        return None
+    result: Tensor = _Interpolated.apply(mu.double(), noise, h, table)
+    return result.to(mu.dtype) if bool(result.detach().min() > -500) else None
 
 
-def _polynomials(x: Tensor, count: int) -> Tensor:
-    """T_0, ..., T_(count - 1) at x (rows, n): (rows, count, n)."""
-    kept, twice = [torch.ones_like(x), x][:count], 2 * x
-    while len(kept) < count:
-        kept.append(twice * kept[-1] - kept[-2])
-    return torch.stack(kept, 1)
+class _Interpolated(torch.autograd.Function):
+    """Moments of the scores, then the integral at the points, then its interpolant at the scores."""
+
+    @staticmethod
+    def forward(ctx: Any, mu: Tensor, noise: Noise, h: float, table: _Table) -> Tensor:
+        result, moments = torch.empty_like(mu), mu.new_empty(len(mu), len(table.fit))
+        for sums, out, low, high, room in _chunks(table, mu, moments, result):
+            torch.bmm(high, low.mT, out=sums.unflatten(1, (-1, _LOW)))
+            out.copy_(_evaluate(_integral(sums, table)[2] @ table.products.T, low, high, room))
+        ctx.save_for_backward(mu, moments)
+        ctx.rule = noise, h, table
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        mu, moments = ctx.saved_tensors
+        noise, h, table = ctx.rule
+        if torch.is_grad_enabled():  # derivatives of this derivative are asked for
+            return torch.autograd.grad(_exact(mu, noise, h), mu, grads[0], create_graph=True)[0], None, None, None
+        result = torch.empty_like(mu)
+        for up, sums, out, low, high, room in _chunks(table, mu, grads[0], moments, result):
+            weights, inner, fitted = _integral(sums, table)
+            at_points = (high @ torch.mul(up[:, None], low, out=room).mT).flatten(1) @ table.products @ table.fit
+            at_nodes = weights * ((at_points / inner) @ table.ratio.T)
+            torch.mul(_evaluate(fitted @ table.slope.T, low, high, room), up, out=out)
+            out += _evaluate(at_nodes @ table.slope_f, low, high, room)
+        return result, None, None, None
+
+
+def _chunks(table: _Table, mu: Tensor, *others: Tensor) -> Iterator[list[Tensor]]:
+    """Rows of the others, with the polynomials of their scores whose products are the basis, and room for as many."""
+    n, count = mu.shape[1], len(table.fit) // _LOW
+    size = max(1, 2**15 // max(n, 64))
+    space = mu.new_empty(min(size, len(mu)), 2 * _LOW + count, n)  # small enough for the cache
+    for rows, *rest in zip(*(x.split(size) for x in (mu, *others))):
+        low, high, room = space[: len(rows)].split([_LOW, count, _LOW], 1)
+        middle = (rows.amax(1, keepdim=True) + rows.amin(1, keepdim=True)) / 2
+        _products(_products(torch.sub(rows, middle, out=room[:, 0]).div_(table.half), low), high)
+        yield [*rest, low, high, room]
+
+
+def _integral(moments: Tensor, table: _Table) -> tuple[Tensor, Tensor, Tensor]:
+    """Product of all F at the nodes, its integral against f/F with the score at the points, the logarithm of that in T_m."""
+    total = moments @ table.log_f.T
+    shift = total.amax(1, keepdim=True)
+    weights = total.sub_(shift).exp_()
+    inner = weights @ table.ratio
+    return weights, inner, (inner.log() + (shift + table.peak)) @ table.fit.T
+
+
+def _evaluate(coefficients: Tensor, low: Tensor, high: Tensor, out: Tensor) -> Tensor:
+    """Functions with these coefficients (rows, count) in products, at the scores."""
+    torch.bmm(coefficients.unflatten(1, (-1, _LOW)).mT, high, out=out)
+    size = _LOW
+    while size > 1:
+        size //= 2
+        torch.addcmul(out[:, :size], out[:, size : 2 * size], low[:, size, None], out=out[:, :size])
+    return out[:, 0]

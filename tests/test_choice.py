@@ -166,19 +166,53 @@ def test_the_default_step_keeps_1e_13_however_many_classes(noise, n):
         assert perturbed_log_prob(mu, noise).numpy() == pytest.approx(fine.numpy(), rel=1e-14, abs=4e-13)
 
 
+def log_below(x: torch.Tensor) -> torch.Tensor:
+    return torch.log(-torch.expm1(-torch.exp(x)))
+
+
+MIRRORED = Noise(
+    "Gumbel of the minimum", log_below, lambda x: x - torch.exp(x) - log_below(x), lambda t: torch.log(-torch.log1p(-t)),
+    GUMBEL.draw, -GUMBEL.mean, GUMBEL.variance, left=-40, right=6, step=lambda n: 0.14 / max(1.0, math.log(n) / 2),
+)
+
+
+@pytest.mark.parametrize("noise", (GUMBEL, NORMAL, LOGISTIC, MIRRORED), ids=lambda noise: noise.name)
+@pytest.mark.parametrize("n", [2, 10, 64, 65, 300])
+def test_interpolants_equal_the_rule_with_their_gradients(noise, n):
+    for spread in (0.1, 1.0, 3.0, 7.0, 20.0):
+        wide = random(3, n)
+        wide = spread * (wide - wide.amin(1, keepdim=True)) / (wide.amax(1, keepdim=True) - wide.amin(1, keepdim=True))
+        tied = spread / 2 * torch.randint(3, (3, n), generator=torch.Generator().manual_seed(0)).double()
+        lone = 0.05 * random(2, n, seed=1)
+        lone[:, 0] += spread * tensor(1, -1)
+        mu = torch.cat([wide, tied, lone, torch.zeros(1, n)]).repeat(1 if n >= 64 else 30, 1).requires_grad_()
+        fast, slow = choice._grouped(mu, noise, noise.step(n)), choice._exact(mu, noise, noise.step(n))
+        allowed = 1e-11 if n >= 64 else 1e-13 * slow.detach().abs().clamp(min=1)
+        assert bool(((fast - slow).detach().abs() <= allowed).all())
+        up = random(*mu.shape, seed=2) / n
+        fast_grad, slow_grad = (torch.autograd.grad((x * up).sum(), mu)[0] for x in (fast, slow))
+        torch.testing.assert_close(fast_grad, slow_grad, rtol=1e-9, atol=1e-10)
+        if noise is GUMBEL:
+            torch.testing.assert_close(fast, mu.log_softmax(-1), rtol=0, atol=1e-11)
+        if n == 300:
+            torch.testing.assert_close(perturbed_log_prob(mu.float(), noise), slow.float(), rtol=1e-5, atol=4e-6)
+
+
 @smooth_noise
-@pytest.mark.parametrize("spread", [0.01, 1.0, 3.0])
-def test_interpolants_equal_the_rule_with_their_gradients(noise, spread):
-    mu = (spread * random(9, 600)).requires_grad_()
-    fast = choice._interpolated(mu, noise, noise.step(600))
-    slow = choice._log_prob(mu, noise, noise.step(600))
-    assert fast is not None
-    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-11)
-    fast_grad, slow_grad = (torch.autograd.grad((x * random(9, 600, seed=1)).sum(), mu)[0] for x in (fast, slow))
-    torch.testing.assert_close(fast_grad, slow_grad, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(perturbed_log_prob(mu.float(), noise), slow.float(), rtol=1e-5, atol=2e-6)
-    far = torch.cat([mu.detach()[0], tensor(-60.0)])
+def test_interpolants_have_second_derivatives_and_give_way_in_the_tails(noise):
+    mu = random(30, 12).requires_grad_()
+    assert choice._interpolated(mu, noise, noise.step(12), 4.0) is not None
+    values = (perturbed_log_prob(mu, noise), choice._log_prob(mu, noise, noise.step(12)))
+    seconds = []
+    for value in values:
+        (first,) = torch.autograd.grad((value * random(30, 12, seed=1)).sum(), mu, create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), mu)[0])
+    torch.testing.assert_close(*seconds, rtol=1e-9, atol=1e-9)
+    far = torch.cat([random(600), tensor(-60.0)])
     assert float(perturbed_log_prob(far, noise).logsumexp(0)) == pytest.approx(0, abs=1e-12)
+    with torch.inference_mode():
+        inferred = perturbed_log_prob(random(9, 100), noise)
+    torch.testing.assert_close(inferred, perturbed_log_prob(random(9, 100).requires_grad_(), noise).detach(), rtol=0, atol=0)
 
 
 @every_noise
@@ -327,3 +361,27 @@ M, T = torch.zeros(2, 3), torch.tensor([0, 2])
 def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@every_noise
+def test_scores_far_apart_in_single_precision_have_the_gradients_of_double(noise):
+    mu = tensor(1e4, -1e4, 0.0, 3.0)
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        x = mu.to(dtype).requires_grad_()
+        log_p = perturbed_log_prob(x, noise)
+        seen = log_p[log_p.detach() > -math.inf].sum() + fenchel_young_loss(x, torch.tensor(1), noise)
+        grads.append(torch.autograd.grad(seen, x)[0].double())
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("noise", (NORMAL, LAPLACE), ids=lambda noise: noise.name)
+def test_nodes_that_do_not_fit_in_memory_are_taken_in_pieces(noise, monkeypatch):
+    def run() -> tuple[torch.Tensor, ...]:
+        mu = (30 * random(2, 20)).requires_grad_()
+        log_p, potential = perturbed_log_prob(mu, noise), expected_max(mu, noise)
+        return log_p.detach(), potential.detach(), *torch.autograd.grad(log_p.sum() + potential.sum(), mu)
+
+    whole = run()
+    monkeypatch.setattr(choice, "_ENTRIES", 500)
+    torch.testing.assert_close(run(), whole, rtol=1e-12, atol=1e-12)
