@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import pkgutil
 import platform
 import re
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+
+from benchmarks.common import print_rows
 
 
 def _machine() -> str:
@@ -29,14 +32,12 @@ def main() -> None:
     unknown = set(arguments.topics) - set(topics)
     if unknown:
         parser.error(f"unknown topics: {', '.join(sorted(unknown))}; known: {', '.join(topics)}")
-    torch.set_num_threads(arguments.threads)
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     print(f"{date.today()}, {_machine()}, torch threads: {arguments.threads}, {versions}\n")
-    print("| task | peer | kexue | peer's | peer / kexue | note |\n|---|---|---:|---:|---:|---|")
-    for topic in arguments.topics or topics:
-        for row in importlib.import_module(f"benchmarks.{topic}").rows():
-            times = f"{row.ours_s:.3g} s | {row.peer_s:.3g} s | {row.ratio:.2f}"
-            print(f"| {row.task} | {row.peer} | {times} | {row.note} |", flush=True)
+    print("| task | peer | kexue | peer's | peer / kexue | note |\n|---|---|---:|---:|---:|---|", flush=True)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        for topic in arguments.topics or topics:
+            pool.submit(print_rows, topic, arguments.threads).result()
 
 
 if __name__ == "__main__":

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,25 @@ class Row:
 def race(
     task: str, ours: Callable[[], Any], peer: Callable[[], Any], peer_name: str, *, repeats: int = 7, note: str = ""
 ) -> Row:
-    """Run both once to warm up, then alternately `repeats` times, and keep the medians."""
+    """Run both once to warm up, then alternately `repeats` times without garbage collection, and keep the medians."""
     times: tuple[list[float], list[float]] = ([], [])
     ours(), peer()
-    for _ in range(repeats):
-        for run, kept in zip((ours, peer), times, strict=True):
-            start = time.perf_counter()
-            run()
-            kept.append(time.perf_counter() - start)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(repeats):
+            for run, kept in zip((ours, peer), times, strict=True):
+                start = time.perf_counter()
+                run()
+                kept.append(time.perf_counter() - start)
+    finally:
+        gc.enable()
     return Row(task, peer_name, median(times[0]), median(times[1]), note)
+
+
+def print_rows(topic: str, threads: int) -> None:
+    """Run the races of one topic module and print its rows; in a fresh process, which no other topic has left its mark on."""
+    torch.set_num_threads(threads)
+    for row in importlib.import_module(f"benchmarks.{topic}").rows():
+        times = f"{row.ours_s:.3g} s | {row.peer_s:.3g} s | {row.ratio:.2f}"
+        print(f"| {row.task} | {row.peer} | {times} | {row.note} |", flush=True)

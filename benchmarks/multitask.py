@@ -38,7 +38,7 @@ def _min_norm(G: torch.Tensor) -> Iterator[Row]:
     note = f"relative gap {abs(ours) / float(gram.diagonal().min()):.0e} against {theirs / float(gram.diagonal().min()):.0e}"
     yield race(
         f"{task}, weights from the Gram matrix (x 20)", lambda: [min_norm_point(gram) for _ in range(20)],
-        lambda: [frank_wolfe(gram) for _ in range(20)], "torchjd MGDA", note=note,
+        lambda: [frank_wolfe(gram) for _ in range(20)], "torchjd MGDA", note=note, repeats=21,
     )
 
     def direction() -> torch.Tensor:
