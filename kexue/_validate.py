@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ def _expected(axes: tuple[str | int, ...], sizes: dict[str, int]) -> str:
 def finite(**tensors: Tensor) -> None:
     """Raise unless every entry of every tensor is finite."""
     for name, tensor in tensors.items():
-        if torch.isfinite(tensor.detach().sum()):  # one fast pass; a sum of finite numbers may overflow, so count below
+        if math.isfinite(tensor.detach().sum().item()):  # one fast pass; a sum of finite numbers may overflow, so count below
             continue
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:

@@ -39,7 +39,7 @@ def logit_adjusted_cross_entropy(
 
     Args:
         logits: (..., K), finite. target: int64 (...), in [0, K).
-        log_prior: (K,) in nats, finite, normalised: |logsumexp| <= 1e-4.
+        log_prior: (K,) in nats, finite, normalised: exp(log_prior) sums to 1 up to 1e-4.
         tau: strength, any finite number.
         weight: (K,) factor of each class, >= 0; default 1.
         reduction: "mean" over the samples (weights do not enter the count, unlike torch's), "sum" or "none".
@@ -62,11 +62,13 @@ def logit_adjusted_cross_entropy(
     _validate.number("tau", tau, open_low=True, open_high=True)
     _validate.shape("log_prior", log_prior, "K", K=K)
     _validate.floating(logits=logits, log_prior=log_prior)
-    if zero := (log_prior == -torch.inf).nonzero().flatten().tolist():
-        raise ValueError(f"log_prior: the prior of class {', '.join(map(str, zero))} is zero; expected positive priors")
-    _validate.finite(log_prior=log_prior)
-    total = float(log_prior.detach().double().logsumexp(0))
-    if not abs(total) <= 1e-4:
+    prior = log_prior.detach()
+    if not float(prior.min()) > -torch.inf:
+        if zero := (prior == -torch.inf).nonzero().flatten().tolist():
+            raise ValueError(f"log_prior: the prior of class {', '.join(map(str, zero))} is zero; expected positive priors")
+        _validate.finite(log_prior=prior)
+    if not abs(float(prior.exp().sum()) - 1) <= 1e-4:
+        total = float(prior.double().logsumexp(0))
         raise ValueError(f"log_prior should normalise (logsumexp 0), got logsumexp {total:.6g}; expected log-probabilities")
     _check_weight(weight, logits)
     return _cross_entropy(logits + tau * log_prior, target, weight, reduction)
