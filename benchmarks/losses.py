@@ -46,7 +46,7 @@ def rows() -> Iterator[Row]:
             torch.testing.assert_close(*results, rtol=1e-4, atol=1e-7)
             yield race(
                 f"{name}, {n} x {K}, forward and backward", lambda f=ours, x=logits: torch.autograd.grad(f(x), x),
-                lambda f=peer, x=logits: torch.autograd.grad(f(x), x), "torch's cross_entropy, composed", repeats=15,
+                lambda f=peer, x=logits: torch.autograd.grad(f(x), x), "torch's cross_entropy, composed", repeats=101,
             )
 
 
