@@ -49,7 +49,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     if len(stored) != len(fresh):
         pytest.fail(f"the cell draws {len(fresh)} pictures, stored are {len(stored)}; run kexue store", pytrace=False)
     for number, pair in enumerate(zip(stored, fresh), 1):
-        reason = pictures.difference(*pair, trained="trained" in item.cell.metadata.get("tags", []))
+        reason = pictures.difference(*pair)
         if reason:
             pytest.fail(f"stored picture {number} is not what the cell draws: {reason}; run kexue store", pytrace=False)
     counted = {"cells": 1, "pictures": len(stored), "checks": min(_checks(item.cell.outputs), _checks(item.test_outputs))}

@@ -82,12 +82,6 @@ def test_another_curve_is_seen(figure, change):
     assert "have no like" in pictures.difference(figure, draw(change))
 
 
-def test_a_training_run_may_end_a_little_elsewhere_but_not_in_another_picture(figure):
-    nearby = draw(jitter(0.02))
-    assert pictures.difference(figure, nearby) and pictures.difference(figure, nearby, trained=True) == ""
-    assert pictures.difference(shade(0), shade(255), trained=True)
-
-
 def test_another_seed_colour_shade_or_size_is_seen(figure):
     assert pictures.difference(figure, draw(seed=1))
     assert pictures.difference(figure, draw(line0={"color": "#CC79A7"}))

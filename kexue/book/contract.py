@@ -23,7 +23,7 @@ LINES = 40
 """Lines of a code cell that is not folded, at most."""
 WIDTH = 90
 """Characters of a line of code, at most: what the page shows without scrolling."""
-TAGS = {"parameters", "thumbnail", "hide-input", "full-width", "margin", "trained"}
+TAGS = {"parameters", "thumbnail", "hide-input", "full-width", "margin"}
 SECTIONS = ("Where it breaks", "An experiment", "In practice", "Equation by equation", "Exercises", "References", "The ledger")
 NETWORK = {
     "aiohttp", "asyncssh", "boto3", "datasets", "ftplib", "gdown", "http", "httpx", "huggingface_hub", "imaplib", "importlib",

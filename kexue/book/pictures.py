@@ -16,8 +16,6 @@ STRANGE = 1e-3
 """Share of pixels that may have no like within REACH: a marker or two that moved, not another curve."""
 FAINT = 0.75
 """Mean change in grey levels of 16 x 16 blocks: moved lines cancel in it, a changed shade does not."""
-TRAINED = 80
-"""Factor on both for cells tagged `trained`: another processor rounds otherwise, and a training run carries that on."""
 
 
 def decode(png: str) -> bytes:
@@ -51,7 +49,7 @@ def _strange(picture: np.ndarray, other: np.ndarray) -> int:
     return int((nearest > LEVELS).sum())
 
 
-def difference(stored: bytes, fresh: bytes, *, trained: bool = False) -> str:
+def difference(stored: bytes, fresh: bytes) -> str:
     """Why an eye would tell two PNGs apart; empty if it would not.
 
     Every pixel of one has to have its like within `REACH` pixels in the other, and both ways at most a share
@@ -60,9 +58,7 @@ def difference(stored: bytes, fresh: bytes, *, trained: bool = False) -> str:
 
     Args:
         stored, fresh: two PNG files; their sizes may differ by `REACH` pixels.
-        trained: allow `TRAINED` times as much, for what training in float32 leaves, which depends on the processor.
     """
-    slack = TRAINED if trained else 1
     if stored == fresh:
         return ""
     a, b = _pixels(stored, 1.0), _pixels(fresh, 1.0)
@@ -71,11 +67,11 @@ def difference(stored: bytes, fresh: bytes, *, trained: bool = False) -> str:
     h, w = min(a.shape[0], b.shape[0]), min(a.shape[1], b.shape[1])
     a, b = a[:h, :w], b[:h, :w]
     share = (_strange(a, b) + _strange(b, a)) / (h * w)
-    if share > slack * STRANGE:
-        return f"{share:.2%} of the pixels have no like within {REACH} pixels (at most {slack * STRANGE:.2%} may)"
+    if share > STRANGE:
+        return f"{share:.2%} of the pixels have no like within {REACH} pixels (at most {STRANGE:.2%} may)"
     change = np.pad(a - b, ((0, -h % 16), (0, -w % 16), (0, 0)))
     faint = float(np.abs(change.reshape(change.shape[0] // 16, 16, -1, 16, 3).mean((1, 3))).mean())
-    return f"blocks differ by {faint:.2f} grey levels on average (at most {slack * FAINT} may)" if faint > slack * FAINT else ""
+    return f"blocks differ by {faint:.2f} grey levels on average (at most {FAINT} may)" if faint > FAINT else ""
 
 
 def optimise(png: str) -> str:

@@ -500,9 +500,9 @@ def ordering(
     """`greater` exceeds `less` by more than `by` on average: a one-sided paired t test.
 
     A rival is a control pairing `(greater, less)` for which the same test must *not* find the order: two
-    runs of the same method, the placebo, the shuffled input. The claim's own pair reversed is always
-    rejected where the claim holds, so it cannot be the only one. The error shown is the p-value, the
-    tolerance `1 - confidence`: a control without any effect passes by luck at that rate.
+    runs of the same method, the placebo, the shuffled input. The claim's own pair reversed is none: it is
+    rejected wherever the claim holds. The error shown is the p-value, the tolerance `1 - confidence`: a
+    control without any effect passes by luck at that rate.
 
     Args:
         greater, less: (n,) paired results (the same seed, the same test items), n >= 2.
@@ -510,7 +510,7 @@ def ordering(
         confidence: in (1/2, 1).
 
     Raises:
-        TypeError, ValueError: see `equal`; also for `confidence` out of range, n < 2, or no rival but the claim reversed.
+        TypeError, ValueError: see `equal`; also for `confidence` out of range, n < 2, or a rival that is the claim reversed.
     """
     if not 0.5 < confidence < 1:
         raise ValueError(f"confidence should be in (1/2, 1), got {confidence}")
@@ -531,15 +531,14 @@ def ordering(
 
     alpha = 1 - confidence
     difference, p = judge("", greater, less)
-    outcomes, controls = [], 0
+    outcomes = []
     for name, pair in _named(rivals).items():
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise TypeError(f"rival {name!r} should be a pair (greater, less), got {type(pair).__name__}")
         rival_difference, rival_p = judge(f" of rival {name!r}", *pair)
-        controls += not np.array_equal(rival_difference, -difference)
+        if np.array_equal(rival_difference, -difference):
+            raise ValueError(f"rival {name!r} is the claim reversed, which fails wherever the claim holds; name a control")
         outcomes.append(Rival(name, rival_p > alpha, rival_p, alpha, "it shows the same order"))
-    if not controls:
-        raise ValueError("rivals hold only the claim reversed, which fails wherever the claim holds; add a control pairing")
     return Check("ordering", p <= alpha, by, float(difference.mean()), p, alpha, difference.size, tuple(outcomes), unit="p")
 
 
