@@ -73,15 +73,23 @@ def test_a_file_that_is_no_notebook_is_named(tmp_path, text):
         notebooks.read(path)
 
 
+def test_code_in_prose():
+    source = "a\n```{note}\nb\n```\nc\n````python\n```\nd\n````\n~~~~{tip}\n~~~\ne\n~~~\n~~~~\nf"
+    assert notebooks.split_code(source) == ("a\nb\nc\nf", ["```\nd", "e"])
+    assert notebooks.split_code("a\n```\nopen to the end") == ("a", ["open to the end"])
+
+
 def test_equations():
     nb = markdown(
         "Costs $5, or $$ a = b $$ without a label.\n\n$$\nc\n= d\n$$ (eq-one)\n\n$$ e $$ (def-two) and $$ f $$\n\n(eq-no)",
         "````{prf:theorem}\n```{note}\n$$ g $$ (eq-three)\n```\n````\n"
         "```python\n$$ h $$ (eq-code)\n```\n~~~\n$$ i $$ (eq-tilde)\n~~~",
+        "```{note}\nA remark.\n```\n\n$$ j $$ (eq-between)\n\n```{tip}\n$$ k $$ (eq-last)\n```",
     )
     found = notebooks.equations(nb)
     assert {label: (e.cell, e.latex) for label, e in found.items()} == {
         "eq-one": (0, "c\n= d"), "def-two": (0, "e"), "eq-three": (1, "g"),
+        "eq-between": (2, "j"), "eq-last": (2, "k"),
     }
     with pytest.raises(ValueError, match="label 'eq-a' is given twice, in cells 0 and 1"):
         notebooks.equations(markdown("$$ a $$ (eq-a)", "$$ b $$ (eq-a)"))

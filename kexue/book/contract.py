@@ -166,9 +166,17 @@ def _sizes(nb: NotebookNode, _: Mapping[str, Any] | None) -> Iterator[str]:
         lines = len(cell.source.splitlines())
         if lines > LINES and not notebooks.has_tag(cell, "hide-input"):
             yield f"code cell {index} has {lines} lines, at most {LINES} are allowed unless it is tagged hide-input"
-        widest = max(map(len, cell.source.splitlines()), default=0)
-        if widest > WIDTH:
-            yield f"code cell {index} has a line of {widest} characters, at most {WIDTH} are allowed"
+        yield from _wide(f"code cell {index}", cell.source)
+    for index, cell in enumerate(nb.cells):
+        if cell.cell_type == "markdown":
+            for block in notebooks.split_code(cell.source)[1]:
+                yield from _wide(f"code in cell {index}", block)
+
+
+def _wide(where: str, source: str) -> Iterator[str]:
+    widest = max(map(len, source.splitlines()), default=0)
+    if widest > WIDTH:
+        yield f"{where} has a line of {widest} characters, at most {WIDTH} are allowed"
 
 
 def _tags(nb: NotebookNode, _: Mapping[str, Any] | None) -> Iterator[str]:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 """The repository this package is imported from (an editable install, or a copy on PYTHONPATH)."""
 PACKAGE = ROOT / "kexue"
 
-_FENCE = re.compile(r"^ *(?P<fence>`{3,}|~{3,})(?![`~]|\s*\{)[^\n]*\n.*?^ *(?P=fence)\s*$", re.M | re.S)
+_FENCE = re.compile(r"^ *(?P<fence>`{3,}|~{3,})(?P<info>.*)$")
 _DISPLAY = re.compile(r"\$\$(?P<latex>.+?)\$\$(?:[ \t]*\((?P<label>[^()\s]+)\))?", re.S)
 
 
@@ -103,6 +103,28 @@ def read(path: Path) -> NotebookNode:
         raise ValueError(f"{path}: not a notebook of format 4: {error}") from error
 
 
+def split_code(source: str) -> tuple[str, list[str]]:
+    """Markdown without its fenced code, and the code of each fence; what stands in directives such as `{note}` is prose."""
+    prose: list[str] = []
+    blocks: list[list[str]] = []
+    open_fences: list[tuple[str, bool]] = []
+    for line in source.splitlines():
+        match = _FENCE.match(line)
+        fence, info = (match["fence"], match["info"].strip()) if match else ("", "")
+        outer, code = open_fences[-1] if open_fences else ("", False)
+        if fence and outer and not info and fence.startswith(outer):
+            open_fences.pop()
+        elif code:
+            blocks[-1].append(line)
+        elif fence:
+            directive = info.startswith("{")
+            open_fences.append((fence, not directive))
+            blocks += [] if directive else [[]]
+        else:
+            prose.append(line)
+    return "\n".join(prose), ["\n".join(block) for block in blocks]
+
+
 def equations(nb: NotebookNode) -> dict[str, Equation]:
     """Every labelled `$$ ... $$ (label)` by label, in order (`eq-` results and `def-` definitions; any other label too).
 
@@ -115,7 +137,7 @@ def equations(nb: NotebookNode) -> dict[str, Equation]:
     for index, cell in enumerate(nb.cells):
         if cell.cell_type != "markdown":
             continue
-        for formula in _DISPLAY.finditer(_FENCE.sub("", cell.source)):
+        for formula in _DISPLAY.finditer(split_code(cell.source)[0]):
             label = formula["label"]
             if label is None:
                 continue
