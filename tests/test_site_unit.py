@@ -320,11 +320,13 @@ def test_bibliography_reads_names_and_latex(tmp_path: Path) -> None:
     (tmp_path / "r.bib").write_text(
         "@article{a, author={Sch{\\\"u}tze, Hinrich and {van den Oord}, A.}, title={{RNN}s}, journal={J}, year={2020}, "
         "doi={10.1/x}}\n"
-        "@book{b, author={One, A and Two, B and Three, C}, title={T}, year={1999}}\n", "utf-8",
+        "@book{b, author={One, A and Two, B and Three, C}, title={T}, year={1999}}\n"
+        "@misc{c, author={One, A}, title={P}, eprint={2001.00001}, archiveprefix={arXiv}}\n", "utf-8",
     )
     works = download.bibliography(tmp_path / "r.bib")
     assert works["a"] == download.Work("Schütze and van den Oord", "2020", "RNNs", "J", "https://doi.org/10.1/x")
-    assert works["b"].authors == "One et al."
+    assert works["b"].authors == "One et al." and works["b"].url == ""
+    assert works["c"].url == "https://arxiv.org/abs/2001.00001"
 
 
 # ------------------------------------------------------------------------------------------------------- reference

@@ -58,7 +58,8 @@ def bibliography(path: Path) -> dict[str, Work]:
         authors = f"{names[0]} et al." if len(names) > 2 or others else " and ".join(names)
         fields = entry.fields
         venue = next((fields[name] for name in ("journal", "booktitle", "publisher") if name in fields), "")
-        url = fields.get("url") or (f"https://doi.org/{fields['doi']}" if "doi" in fields else "")
+        homes = {"url": "", "eprint": "https://arxiv.org/abs/", "doi": "https://doi.org/"}
+        url = next((home + fields[name] for name, home in homes.items() if name in fields), "")
         works[key] = Work(authors or "Anonymous", fields.get("year", "n.d."), plain(fields.get("title", "")), plain(venue), url)
     return works
 
