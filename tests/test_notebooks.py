@@ -75,7 +75,7 @@ def test_a_file_that_is_no_notebook_is_named(tmp_path, text):
 
 def test_code_in_prose():
     source = "a\n```{note}\nb\n```\nc\n````python\n```\nd\n````\n~~~~{tip}\n~~~\ne\n~~~\n~~~~\nf"
-    assert notebooks.split_code(source) == ("a\nb\nc\nf", ["```\nd", "e"])
+    assert notebooks.split_code(source) == ("a\nb\nc\n\nf", ["```\nd", "e"])
     assert notebooks.split_code("a\n```\nopen to the end") == ("a", ["open to the end"])
 
 

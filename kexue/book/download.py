@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,6 @@ from nbformat.v4 import new_markdown_cell
 
 from kexue.book import notebooks
 
-_OPEN = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,}|:{3,})(?P<info>.*)$")
-_DIRECTIVE = re.compile(r"^\{(?P<name>[\w:.-]+)\}\s*(?P<argument>.*)$")
 _ROLE = re.compile(r"\{(?P<name>[a-z][\w:.-]*)\}(?P<ticks>`+)(?P<text>.+?)(?P=ticks)", re.S)
 _TARGET = re.compile(r"^\([\w:.-]+\)=\n", re.M)
 _EXPLICIT = re.compile(r"^(?P<text>.*?)\s*<(?P<target>[^>]+)>$", re.S)
@@ -88,34 +86,24 @@ class Writer:
                 out.append(self.inline("\n".join(plain)))
                 plain.clear()
 
-        lines = iter(source.split("\n"))
-        for line in lines:
-            opened = _OPEN.match(line)
-            if opened is None:
-                plain.append(line)
+        for part in notebooks.blocks(source):
+            if isinstance(part, str):
+                plain.append(part)
                 continue
-            fence, info = opened["fence"], opened["info"].strip()
-            inside: list[str] = []
-            for line in lines:
-                closed = line.strip()
-                if closed and set(closed) == {fence[0]} and len(closed) >= len(fence):
-                    break
-                inside.append(line)
             flush()
-            directive = _DIRECTIVE.match(info)
-            if directive is None:
-                out.append("\n".join([opened[0], *inside, opened["indent"] + fence]))
+            if part.name:
+                out.append(self.directive(part.name, part.argument, part.inside))
             else:
-                out.append(self.directive(directive["name"], directive["argument"].strip(), inside))
+                out.append("\n".join([part.fence + part.argument, *part.inside, part.fence]))
         flush()
         return "\n".join(out)
 
-    def directive(self, name: str, argument: str, inside: list[str]) -> str:
+    def directive(self, name: str, argument: str, inside: Sequence[str]) -> str:
         """One directive as Markdown."""
         while inside and re.match(r"^:[\w-]+:", inside[0]):
             inside = inside[1:]
         raw = "\n".join(inside).strip("\n")
-        if name in ("code-block", "code", "code-cell"):
+        if name in notebooks.CODE:
             return f"```{argument}\n{raw}\n```"
         if name == "bibliography":
             return "\n".join(self.works[key].line() for key in self.cited if key in self.works)

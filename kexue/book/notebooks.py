@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 """The repository this package is imported from (an editable install, or a copy on PYTHONPATH)."""
 PACKAGE = ROOT / "kexue"
 
-_FENCE = re.compile(r"^ *(?P<fence>`{3,}|~{3,})(?P<info>.*)$")
+CODE = ("code", "code-block", "code-cell")
+"""Directives whose content is code and no Markdown."""
+_FENCE = re.compile(r"^(?P<fence> *(?:`{3,}|~{3,}|:{3,}(?=\{)))(?:\{(?P<name>[\w:.-]+)\})?\s*(?P<argument>.*?)\s*$")
 _DISPLAY = re.compile(r"\$\$(?P<latex>.+?)\$\$(?:[ \t]*\((?P<label>[^()\s]+)\))?", re.S)
 
 
@@ -103,26 +106,50 @@ def read(path: Path) -> NotebookNode:
         raise ValueError(f"{path}: not a notebook of format 4: {error}") from error
 
 
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of Markdown: a directive, or code.
+
+    Attributes:
+        fence: the marks that open it, indentation included.
+        name: of the directive; empty for code.
+        argument: the rest of its first line.
+        inside: its lines.
+    """
+
+    fence: str
+    name: str
+    argument: str
+    inside: tuple[str, ...]
+
+
+def blocks(source: str) -> Iterator[str | Block]:
+    """The lines of Markdown that stand in no fence, and the outermost fenced blocks, in order."""
+    lines = iter(source.split("\n"))
+    for line in lines:
+        opened = _FENCE.match(line)
+        if opened is None:
+            yield line
+            continue
+        mark = opened["fence"].strip()
+        not_closing = re.compile(rf"(?! *{mark}{mark[0]}*\s*$)")
+        inside = tuple(itertools.takewhile(not_closing.match, lines))
+        yield Block(opened["fence"], opened["name"] or "", opened["argument"], inside)
+
+
 def split_code(source: str) -> tuple[str, list[str]]:
     """Markdown without its fenced code, and the code of each fence; what stands in directives such as `{note}` is prose."""
     prose: list[str] = []
-    blocks: list[list[str]] = []
-    open_fences: list[tuple[str, bool]] = []
-    for line in source.splitlines():
-        match = _FENCE.match(line)
-        fence, info = (match["fence"], match["info"].strip()) if match else ("", "")
-        outer, code = open_fences[-1] if open_fences else ("", False)
-        if fence and outer and not info and fence.startswith(outer):
-            open_fences.pop()
-        elif code:
-            blocks[-1].append(line)
-        elif fence:
-            directive = info.startswith("{")
-            open_fences.append((fence, not directive))
-            blocks += [] if directive else [[]]
+    code: list[str] = []
+    for part in blocks(source):
+        if isinstance(part, str):
+            prose.append(part)
+        elif part.name in ("", *CODE):
+            code.append("\n".join(part.inside))
         else:
-            prose.append(line)
-    return "\n".join(prose), ["\n".join(block) for block in blocks]
+            text, more = split_code("\n".join(part.inside))
+            prose, code = [*prose, text], [*code, *more]
+    return "\n".join(prose), code
 
 
 def equations(nb: NotebookNode) -> dict[str, Equation]:
