@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from timeit import timeit
 from typing import Any
 
 import torch
@@ -32,20 +31,10 @@ class Row:
 def race(
     task: str, ours: Callable[[], Any], peer: Callable[[], Any], peer_name: str, *, repeats: int = 7, note: str = ""
 ) -> Row:
-    """Run both once to warm up, then alternately `repeats` times without garbage collection, and keep the medians."""
-    times: tuple[list[float], list[float]] = ([], [])
+    """Run both once to warm up, then alternately `repeats` times, and keep the medians; `timeit` stops garbage collection."""
     ours(), peer()
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(repeats):
-            for run, kept in zip((ours, peer), times, strict=True):
-                start = time.perf_counter()
-                run()
-                kept.append(time.perf_counter() - start)
-    finally:
-        gc.enable()
-    return Row(task, peer_name, median(times[0]), median(times[1]), note)
+    times = [(timeit(ours, number=1), timeit(peer, number=1)) for _ in range(repeats)]
+    return Row(task, peer_name, *map(median, zip(*times, strict=True)), note)
 
 
 def print_rows(topic: str, threads: int) -> None:
